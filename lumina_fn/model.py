@@ -1,0 +1,158 @@
+"""The decoder: pure functions over a tree of tensors.
+
+Axes, here and in every signature of this package:
+  B batch   T query time   S key time   D width   H heads   G key and value heads   K head width   F hidden   V vocabulary
+
+Three callables are the whole extension mechanism, each an identity by default:
+  attend  how queries meet keys (causal over this call, over a cache, over packed documents)
+  gather  how a unit of parameters becomes whole (already whole, or gathered from its shards)
+  remat   what a block keeps for its backward (everything, or its inputs)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+import ops
+from lumina_fn.config import ModelConfig
+
+HEAD_NORM_EPS = 1e-5  # fixed in the reference, whatever rms_norm_eps says
+
+
+class Norm(NamedTuple):
+    gain: Float[Tensor, "1 K"]
+    bias: Float[Tensor, "1 K"]
+
+
+class Block(NamedTuple):
+    attn_norm: Float[Tensor, " D"]
+    q: Float[Tensor, "H*K D"]
+    k: Float[Tensor, "G*K D"]
+    v: Float[Tensor, "G*K D"]
+    q_norm: Norm  # over each head's K, shared by the heads
+    k_norm: Norm
+    out: Float[Tensor, "D H*K"]
+    mlp_norm: Float[Tensor, " D"]
+    gate: Float[Tensor, "F D"]
+    up: Float[Tensor, "F D"]
+    down: Float[Tensor, "D F"]
+
+
+class Head(NamedTuple):
+    """What turns the last block's output into logits."""
+
+    norm: Float[Tensor, " D"]
+    unembed: Float[Tensor, "V D"]
+
+
+class Params(NamedTuple):
+    embed: Float[Tensor, "V D"]
+    blocks: tuple[Block, ...]
+    head: Head
+
+
+KV = tuple[Tensor, Tensor]  # one layer's keys and values, each [B S G K]
+Attend = Callable[[Tensor, Tensor, Tensor, KV | None], tuple[Tensor, KV | None]]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, cache: None) -> tuple[Tensor, None]:
+    return ops.attention(q, k, v), cache
+
+
+def rope(positions: Int[Tensor, " T"], cfg: ModelConfig) -> Float[Tensor, "T 2 half"]:
+    """Cosines and sines of the angles at these positions, float32."""
+    channel = torch.arange(0, cfg.head_width, 2, device=positions.device, dtype=torch.float32)
+    angle = torch.outer(positions.float(), 1.0 / cfg.rope_theta ** (channel / cfg.head_width))
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def rotate(x: Float[Tensor, "B T H K"], angles: Float[Tensor, "T 2 half"]) -> Float[Tensor, "B T H K"]:
+    """Rotate channel j against channel j + K/2 (the Hugging Face pairing)."""
+    cos, sin = (a.to(x.dtype)[:, None] for a in angles.unbind(1))
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def head_norm(x: Float[Tensor, "B T H K"], p: Norm) -> Float[Tensor, "B T H K"]:
+    return F.layer_norm(x, x.shape[-1:], eps=HEAD_NORM_EPS) * p.gain + p.bias
+
+
+def attention(
+    p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend, cache: KV | None
+) -> tuple[Float[Tensor, "B T D"], KV | None]:
+    heads = lambda w: rearrange(F.linear(x, w), "B T (H K) -> B T H K", K=cfg.head_width)
+    q = rotate(head_norm(heads(p.q), p.q_norm), angles)
+    k = rotate(head_norm(heads(p.k), p.k_norm), angles)
+    out, cache = attend(q, k, heads(p.v), cache)
+    return F.linear(rearrange(out, "B T H K -> B T (H K)"), p.out), cache
+
+
+def mlp(p: Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    return F.linear(F.silu(F.linear(x, p.gate)) * F.linear(x, p.up), p.down)
+
+
+def block(
+    p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend = causal, cache: KV | None = None
+) -> tuple[Float[Tensor, "B T D"], KV | None]:
+    norm = lambda gain, y: ops.rms_norm(y, gain, cfg.eps)
+    if cfg.swin_norm:
+        a, cache = attention(p, x, angles, cfg, attend, cache)
+        x = x + norm(p.attn_norm, a)
+        return x + norm(p.mlp_norm, mlp(p, x)), cache
+    a, cache = attention(p, norm(p.attn_norm, x), angles, cfg, attend, cache)
+    x = x + a
+    return x + mlp(p, norm(p.mlp_norm, x)), cache
+
+
+def trunk(
+    params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
+) -> Float[Tensor, "B T D"]:
+    """The residual stream after the last block, before the final norm; tokens beyond cfg.max_positions are cut."""
+    tokens = tokens[:, : cfg.max_positions]
+    x = F.embedding(tokens, gather(params.embed))
+    angles = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg)
+    layer = remat(lambda p, x, angles: block(gather(p), x, angles, cfg)[0])
+    for p in params.blocks:
+        x = layer(p, x, angles)
+    return x
+
+
+def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tensor, "B T V"]:
+    """Logits in float32 (float64 for float64 parameters)."""
+    logits = F.linear(ops.rms_norm(x, p.norm, cfg.eps), p.unembed)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if cfg.masked_ids:
+        masked = torch.tensor(cfg.masked_ids, device=x.device)
+        logits = logits.index_fill(-1, masked, torch.finfo(torch.float32).min)
+    return logits
+
+
+def forward(
+    params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
+) -> Float[Tensor, "B T V"]:
+    """Next-token logits at every position, float32."""
+    return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
+
+
+def init(cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Params:
+    """Random parameters, normal with deviation 0.02; with device="meta", their shapes and dtypes only."""
+    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype) * 0.02
+    ones = lambda *shape: torch.ones(shape, device=device, dtype=dtype)
+    zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
+    D, F_, K, V = cfg.width, cfg.hidden, cfg.head_width, cfg.vocab
+    HK, GK = cfg.heads * K, cfg.kv_heads * K
+
+    def layer() -> Block:
+        return Block(
+            attn_norm=ones(D), q=normal(HK, D), k=normal(GK, D), v=normal(GK, D),
+            q_norm=Norm(ones(1, K), zeros(1, K)), k_norm=Norm(ones(1, K), zeros(1, K)), out=normal(D, HK),
+            mlp_norm=ones(D), gate=normal(F_, D), up=normal(F_, D), down=normal(D, F_),
+        )  # fmt: skip
+
+    return Params(normal(V, D), tuple(layer() for _ in range(cfg.layers)), Head(ones(D), normal(V, D)))
