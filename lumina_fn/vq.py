@@ -1,0 +1,245 @@
+"""MoVQGAN, which turns pictures into codes and back, as pure functions over a tree of tensors.
+
+Axes: B batch   C channels   H W pixels of whatever level   h w latent cells   N codebook rows   E width of a codebook row
+Encoder and decoder have one shape of tree; their norms differ and arrive as a callable, `norm(p, x)`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from lumina_fn.config import VQConfig
+
+NORM_EPS = 1e-6
+ROWS = 2048  # latent cells compared with the codebook at once: [2048, 16384] distances are 128 MiB
+
+
+class Conv(NamedTuple):
+    weight: Float[Tensor, "O C kh kw"]
+    bias: Float[Tensor, " O"]
+
+
+class GroupNorm(NamedTuple):
+    gain: Float[Tensor, " C"]
+    bias: Float[Tensor, " C"]
+
+
+class SpatialNorm(NamedTuple):
+    """A group norm whose gain and bias vary over the picture: 1 x 1 convolutions of the quantized latent."""
+
+    norm: GroupNorm
+    gain: Conv
+    bias: Conv
+
+
+AnyNorm = GroupNorm | SpatialNorm
+Normalize = Callable[[AnyNorm, Tensor], Tensor]
+
+
+class Res(NamedTuple):
+    norm1: AnyNorm
+    conv1: Conv
+    norm2: AnyNorm
+    conv2: Conv
+    shortcut: tuple[Conv, ...]  # one where the width changes, else none
+
+
+class Attention(NamedTuple):
+    norm: AnyNorm
+    q: Conv
+    k: Conv
+    v: Conv
+    out: Conv
+
+
+class Level(NamedTuple):
+    blocks: tuple[Res, ...]
+    attentions: tuple[Attention, ...]  # one after every block, or none
+    resample: tuple[Conv, ...]  # to the next coarser level (encoder) or the next finer one (decoder); none at the last
+
+
+class Middle(NamedTuple):
+    block1: Res
+    attention: Attention
+    block2: Res
+
+
+class Coder(NamedTuple):
+    conv_in: Conv
+    levels: tuple[Level, ...]  # finest first in both; the decoder walks them backwards
+    middle: Middle
+    norm_out: AnyNorm
+    conv_out: Conv
+
+
+class Params(NamedTuple):
+    encoder: Coder
+    decoder: Coder
+    codebook: Float[Tensor, "N E"]
+    quant_conv: Conv
+    post_quant_conv: Conv
+
+
+def conv(
+    p: Conv, x: Float[Tensor, "B C H W"], stride: int = 1, padding: int | None = None
+) -> Float[Tensor, "B O H2 W2"]:
+    return F.conv2d(x, p.weight, p.bias, stride, p.weight.shape[-1] // 2 if padding is None else padding)
+
+
+def group_norm(p: GroupNorm, x: Float[Tensor, "B C H W"], groups: int) -> Float[Tensor, "B C H W"]:
+    return F.group_norm(x, groups, p.gain, p.bias, NORM_EPS)
+
+
+def spatial_norm(
+    p: SpatialNorm, x: Float[Tensor, "B C H W"], zq: Float[Tensor, "B E h w"], groups: int
+) -> Float[Tensor, "B C H W"]:
+    # A 1 x 1 convolution commutes with nearest upsampling: convolve the few latent cells, not the pixels.
+    over = lambda p: F.interpolate(conv(p, zq), x.shape[-2:], mode="nearest")
+    return torch.addcmul(over(p.bias), group_norm(p.norm, x, groups), over(p.gain))
+
+
+def res(p: Res, x: Float[Tensor, "B C H W"], norm: Normalize) -> Float[Tensor, "B O H W"]:
+    y = conv(p.conv1, F.silu(norm(p.norm1, x)))
+    y = conv(p.conv2, F.silu(norm(p.norm2, y)))
+    for shortcut in p.shortcut:
+        x = conv(shortcut, x)
+    return x + y
+
+
+def attention(p: Attention, x: Float[Tensor, "B C H W"], norm: Normalize) -> Float[Tensor, "B C H W"]:
+    """Every position attends to every other, one head, scale C^-0.5."""
+    y = norm(p.norm, x)
+    q, k, v = (rearrange(conv(w, y), "B C H W -> B 1 (H W) C") for w in (p.q, p.k, p.v))
+    y = F.scaled_dot_product_attention(q, k, v)
+    return x + conv(p.out, rearrange(y, "B 1 (H W) C -> B C H W", H=x.shape[-2]))
+
+
+def level(p: Level, x: Tensor, norm: Normalize) -> Tensor:
+    for i, block in enumerate(p.blocks):
+        x = res(block, x, norm)
+        for attn in p.attentions[i : i + 1]:
+            x = attention(attn, x, norm)
+    return x
+
+
+def middle(p: Middle, x: Float[Tensor, "B C h w"], norm: Normalize) -> Float[Tensor, "B C h w"]:
+    return res(p.block2, attention(p.attention, res(p.block1, x, norm), norm), norm)
+
+
+def encoder(p: Coder, image: Float[Tensor, "B 3 H W"], cfg: VQConfig) -> Float[Tensor, "B z h w"]:
+    norm = lambda n, x: group_norm(n, x, cfg.groups)
+    x = conv(p.conv_in, image)
+    for part in p.levels:
+        x = level(part, x, norm)
+        for down in part.resample:
+            x = conv(down, F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+    return conv(p.conv_out, F.silu(norm(p.norm_out, middle(p.middle, x, norm))))
+
+
+def decoder(
+    p: Coder, z: Float[Tensor, "B z h w"], zq: Float[Tensor, "B E h w"], cfg: VQConfig
+) -> Float[Tensor, "B 3 H W"]:
+    norm = lambda n, x: spatial_norm(n, x, zq, cfg.groups)
+    x = middle(p.middle, conv(p.conv_in, z), norm)
+    for part in reversed(p.levels):
+        x = level(part, x, norm)
+        for up in part.resample:
+            x = conv(up, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return conv(p.conv_out, F.silu(norm(p.norm_out, x)))
+
+
+def latent(params: Params, image: Float[Tensor, "B 3 H W"], cfg: VQConfig) -> Float[Tensor, "B E h w"]:
+    """What the quantizer sees of a picture in [-1, 1] whose sides are multiples of cfg.downsampling."""
+    if image.shape[-1] % cfg.downsampling or image.shape[-2] % cfg.downsampling:
+        raise ValueError(
+            f"a picture of {image.shape[-1]} x {image.shape[-2]}: sides must be multiples of {cfg.downsampling}"
+        )
+    return conv(params.quant_conv, encoder(params.encoder, image, cfg))
+
+
+def nearest(codebook: Float[Tensor, "N E"], z: Float[Tensor, "B E h w"]) -> Int[Tensor, "B h w"]:
+    """The codebook row at the least squared distance from each latent cell, compared in float32 or wider."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    rows, book = rearrange(z, "B E h w -> (B h w) E").to(wide), codebook.to(wide)
+    squares = book.pow(2).sum(1)
+    codes = [torch.addmm(squares, part, book.T, alpha=-2).argmin(1) for part in rows.split(ROWS)]
+    return torch.cat(codes).unflatten(0, (z.shape[0], *z.shape[2:]))
+
+
+def lookup(codebook: Float[Tensor, "N E"], codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B E h w"]:
+    return rearrange(F.embedding(codes, codebook), "B h w E -> B E h w")
+
+
+def encode(params: Params, image: Float[Tensor, "B 3 H W"], cfg: VQConfig) -> Int[Tensor, "B h w"]:
+    """Codes of pictures in [-1, 1], one a cell of cfg.downsampling pixels."""
+    return nearest(params.codebook, latent(params, image, cfg))
+
+
+def decode_latent(params: Params, zq: Float[Tensor, "B E h w"], cfg: VQConfig) -> Float[Tensor, "B 3 H W"]:
+    return decoder(params.decoder, conv(params.post_quant_conv, zq), zq, cfg)
+
+
+def decode(params: Params, codes: Int[Tensor, "B h w"], cfg: VQConfig) -> Float[Tensor, "B 3 H W"]:
+    """The pictures of these codes, about [-1, 1] and not clamped."""
+    return decode_latent(params, lookup(params.codebook, codes), cfg)
+
+
+def pixels(image: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
+    """[-1, 1] as bytes 0..255, channels last."""
+    return rearrange((image.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8), "B C H W -> B H W C")
+
+
+def init(
+    cfg: VQConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Params:
+    """Random parameters that let signals through at about their size; with device="meta", their shapes and dtypes only."""
+    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    ones = lambda n: torch.ones(n, device=device, dtype=dtype)
+    zeros = lambda n: torch.zeros(n, device=device, dtype=dtype)
+    widths = [cfg.channels * m for m in cfg.multipliers]
+    last = len(widths) - 1
+
+    def new_conv(source: int, target: int, k: int = 3) -> Conv:
+        return Conv(normal(target, source, k, k) / (3 * source * k * k) ** 0.5, zeros(target))
+
+    group = lambda c: GroupNorm(ones(c), zeros(c))
+
+    def spatial(c: int) -> SpatialNorm:
+        gain, bias = new_conv(cfg.embed, c, 1), new_conv(cfg.embed, c, 1)
+        return SpatialNorm(group(c), gain._replace(bias=ones(c)), bias)
+
+    def coder(norm: Callable[[int], AnyNorm], inputs: int, outputs: int, plan: list[tuple[int, list[int]]]) -> Coder:
+        """`plan`: for each level, finest first, the width that enters it and the widths after each of its blocks."""
+        decoding = norm is spatial
+
+        def new_res(source: int, target: int) -> Res:
+            shortcut = (new_conv(source, target, 1),) if source != target else ()
+            return Res(norm(source), new_conv(source, target), norm(target), new_conv(target, target), shortcut)
+
+        new_attention = lambda c: Attention(norm(c), *(new_conv(c, c, 1) for _ in range(4)))
+
+        def new_level(i: int, source: int, targets: list[int]) -> Level:
+            blocks = tuple(new_res(a, b) for a, b in zip([source, *targets[:-1]], targets, strict=True))
+            attentions = tuple(new_attention(c) for c in targets if i in cfg.attn_levels)
+            final = i == 0 if decoding else i == last
+            return Level(blocks, attentions, () if final else (new_conv(targets[-1], targets[-1]),))
+
+        first, deep = (widths[-1] if decoding else cfg.channels), widths[-1]
+        return Coder(
+            new_conv(inputs, first), tuple(new_level(i, *step) for i, step in enumerate(plan)),
+            Middle(new_res(deep, deep), new_attention(deep), new_res(deep, deep)),
+            norm(widths[0] if decoding else deep), new_conv(widths[0] if decoding else deep, outputs),
+        )  # fmt: skip
+
+    down = list(zip([cfg.channels, *widths[:-1]], ([w] * cfg.res_blocks for w in widths), strict=True))
+    up = list(zip([*widths[1:], widths[-1]], ([w] * (cfg.res_blocks + 1) for w in widths), strict=True))
+    return Params(
+        coder(group, 3, cfg.latent, down), coder(spatial, cfg.latent, 3, up),
+        normal(cfg.codes, cfg.embed), new_conv(cfg.latent, cfg.embed, 1), new_conv(cfg.embed, cfg.latent, 1),
+    )  # fmt: skip
