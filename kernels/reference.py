@@ -49,5 +49,49 @@ def _repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if times == 1 else (k.repeat_interleave(times, 2), v.repeat_interleave(times, 2))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+CHUNK = 512  # rows of logits held at once: 0.88 of the sgemm ceiling at V = 171385 and 351 MB
+
+
+def linear_cross_entropy_pass(
+    x: Tensor, weight: Tensor, target: Tensor, count: Tensor, z_weight: float, masked: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ce, z, dx [N D] and dweight [V D] of rows x [N D] against target [N] under weight [V D], over chunks of rows.
+
+    ce and z are sums over rows with a target >= 0, divided by count; the gradients are those of ce + z_weight * z.
+    With p = softmax(l) and r = 1 + 2 z_weight lse the gradient of a row's logits is r p - onehot = r (p - onehot / r),
+    so r and 1 / count are folded into rows of dx and x, never into [chunk, V].
+    """
+    N, V = x.shape[0], weight.shape[0]
+    ce, z = (torch.zeros((), dtype=wide(x[:0]).dtype, device=x.device) for _ in range(2))
+    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=ce.dtype)
+    logits = x.new_empty(min(CHUNK, N), V)
+    masked_ids = torch.tensor(masked, device=x.device, dtype=torch.int64)
+    for start in range(0, N, CHUNK):
+        rows = slice(start, min(start + CHUNK, N))
+        xs, kept = x[rows], target[rows] >= 0
+        column = target[rows].clamp(min=0)[:, None]
+        l = wide(torch.mm(xs, weight.t(), out=logits[: len(xs)]))
+        if masked:
+            l.index_fill_(1, masked_ids, torch.finfo(torch.float32).min)
+        hit, top = l.gather(1, column)[:, 0], l.amax(1)
+        p = torch.softmax(l, 1, out=l)
+        lse = top - p.amax(1).log()  # the largest probability is 1 / sum(exp(l - top))
+        ce += torch.where(kept, lse - hit, 0).sum()
+        z += torch.where(kept, lse * lse, 0).sum()
+        r = 1 + 2 * z_weight * lse
+        p.scatter_add_(1, column, -1 / r[:, None])
+        p, r = p.to(x.dtype), (torch.where(kept, r, 0) / count)[:, None]
+        dx[rows] = r * (p @ weight)
+        dweight.addmm_(p.t(), (r * xs).to(p.dtype)) if p.dtype == dweight.dtype else dweight.add_(p.t() @ (r * xs).to(p.dtype))
+    return ce / count, z / count, dx, dweight.to(weight.dtype)
+
+
+def adamw_(
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, lr: Tensor, scale: Tensor,
+    skip: Tensor, b1: float, b2: float, eps: float, decay: float,
+) -> None:  # fmt: skip
+    """AdamW's `count`-th update in place, with gradients scale * grads, unless skip is 1.0."""
+    torch._fused_adamw_(
+        params, [scale.to(g.dtype) * g for g in grads], mu, nu, [], [count.float() for _ in params],
+        lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip.float(),
+    )  # fmt: skip
