@@ -1,0 +1,179 @@
+"""Text to ids: the model folder's own tokenizer, and the sentence a caption is put into."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+
+from lumina_fn.errors import InputError
+from lumina_fn.vocab import (
+    END_TEXT,
+    LUMINA_CODE0,
+    LUMINA_CODES,
+    LUMINA_END,
+    LUMINA_NEWLINE,
+    LUMINA_START,
+    LUMINA_VOCAB,
+    NEWLINE_TEXT,
+    SEP_TEXT,
+    START_TEXT,
+    Ids,
+    size_text,
+)
+
+LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
+CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
+PATCH = 32  # pixels
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    encode: Callable[[str], list[int]]  # adds no bos or eos
+    bos: int
+    eos: int
+    ids: Ids
+    sizes: frozenset[int]  # patches of 32 pixels that have a size token
+    control: frozenset[int]  # ids that no caption may produce
+    fingerprint: str  # of everything that decides which ids a caption becomes
+
+
+def prompt_text(caption: str, width: int, height: int, with_size: bool) -> str:
+    size = f" of {width}x{height}" if with_size else ""
+    return f"Generate an image{size} according to the following prompt:\n{caption}"
+
+
+def prompt_ids(tokenizer: Tokenizer, caption: str, width: int, height: int, with_size: bool = True) -> list[int]:
+    """`[bos] enc(prompt + sep)` for a picture of width x height pixels; what follows is the image's `start`."""
+    return [tokenizer.bos, *tokenizer.encode(prompt_text(caption, width, height, with_size) + SEP_TEXT)]
+
+
+def check_size(tokenizer: Tokenizer, width: int, height: int) -> None:
+    """Raises InputError unless width and height (pixels) are multiples of 32 that have a size token."""
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels % PATCH or pixels < PATCH:
+            raise InputError(f"{name} {pixels}: expected a positive multiple of {PATCH} pixels")
+        if pixels // PATCH not in tokenizer.sizes:
+            raise InputError(
+                f"{name} {pixels}: this model's tokenizer has no size token {size_text(pixels // PATCH)}; "
+                f"its largest picture side is {PATCH * max(tokenizer.sizes)} pixels"
+            )
+
+
+def caption_problem(tokenizer: Tokenizer, caption: str) -> str | None:
+    """Why this caption cannot be used: it would encode to a control token, or is no Unicode text. None if it can."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "the prompt holds half of a surrogate pair, which is no Unicode text"
+    if found := CONTROL.search(caption):
+        return f"the prompt holds the control token {found[0]}"
+    if hit := tokenizer.control.intersection(tokenizer.encode(caption)):
+        return f"the prompt holds the text of a control token (id {min(hit)})"
+    return None
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json.
+
+    Special ids are checked against `ids` in the folder's config.json, or against the released model's fixed ones where
+    there is none or where its vocabulary is the released one. Raises InputError for a missing or different special token.
+    """
+    folder = Path(folder)
+    spec = _read_json(folder / "tokenizer.json")
+    names = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    try:
+        model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises Exception itself
+        raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
+    model.no_truncation()
+    model.no_padding()
+
+    ids, sizes = _special_ids(model.token_to_id, config, folder)
+    eos, bos = _named(model, names, "eos_token", folder), _named(model, names, "bos_token", folder)
+    if eos is None:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: no eos_token; expected the name of a token")
+    bos = eos if bos is None else bos
+    unknown = spec.get("model", {}).get("unk_token")
+    special = {t["id"] for t in spec.get("added_tokens") or [] if t["content"] != unknown}
+    special |= {ids.start, ids.end, ids.newline, ids.sep, *(ids.size0 + n for n in sizes)}
+    special |= set(range(ids.code0, ids.code0 + ids.codes))
+    what = json.dumps([spec, bos, eos, asdict(ids)], sort_keys=True)
+    return Tokenizer(
+        encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+        bos=bos,
+        eos=eos,
+        ids=ids,
+        sizes=sizes,
+        control=frozenset(special),
+        fingerprint=hashlib.sha256(what.encode()).hexdigest(),
+    )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a model folder with its tokenizer's files") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> int | None:
+    """The id of the token that tokenizer_config.json names, as a string or as {"content": ...}; None if it names none."""
+    token = names.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None:
+        return None
+    found = model.token_to_id(text) if isinstance(text, str) else None
+    if found is None:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {key} {text!r} is not in tokenizer.json")
+    return found
+
+
+def _special_ids(lookup: Callable[[str], int | None], config: dict, folder: Path) -> tuple[Ids, frozenset[int]]:
+    """The model's ids, and the picture sides (in patches) that have a size token."""
+    own = config.get("ids")
+    own = own if isinstance(own, dict) else {}
+    sizes = config.get("model") if isinstance(config.get("model"), dict) else {}
+    expected = {
+        "start": LUMINA_START,
+        "end": LUMINA_END,
+        "newline": LUMINA_NEWLINE,
+        "code0": LUMINA_CODE0,
+        "codes": LUMINA_CODES,
+    }
+    if config.get("vocab_size", sizes.get("vocab")) != LUMINA_VOCAB:
+        expected |= own
+    if not all(isinstance(v, int) for v in expected.values()):
+        raise InputError(f"{folder / 'config.json'}: ids must be whole numbers, found {own}")
+
+    path = folder / "tokenizer.json"
+    found = {}
+    for name, text in (("start", START_TEXT), ("end", END_TEXT), ("newline", NEWLINE_TEXT), ("sep", SEP_TEXT)):
+        found[name] = lookup(text)
+        wanted = expected.get(name)
+        if found[name] is None or wanted not in (None, found[name]):
+            have = "is missing" if found[name] is None else f"has id {found[name]}"
+            want = "a token of that text" if wanted is None else f"id {wanted}"
+            raise InputError(
+                f"{path}: {text} {have}, expected {want}; is this the tokenizer of a Lumina-mGPT 2.0 model?"
+            )
+    at = {n: i for n in range(1, LARGEST_SIZE + 1) if (i := lookup(size_text(n))) is not None}
+    if not at:
+        raise InputError(f"{path}: {size_text(1)} and all other size tokens are missing")
+    size0 = expected.get("size0", min(i - n for n, i in at.items()))
+    for n, i in at.items():
+        if i != size0 + n:
+            raise InputError(
+                f"{path}: {size_text(n)} has id {i}, expected id {size0 + n}: size tokens must follow each other"
+            )
+    ids = Ids(**found, size0=size0, code0=expected["code0"], codes=expected["codes"])
+    return ids, frozenset(at)
