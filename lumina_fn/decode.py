@@ -1,0 +1,92 @@
+"""Cached decoding: the trunk of model.py under a different `attend`, one row per sequence, sequences of different lengths.
+
+Slot p of a row's cache holds the keys and values of that row's position p, so no row is padded. Tokens of all rows go through the
+blocks as one long row; only `attend` knows which belongs to whom. Caches are written in place: copying one per token would
+cost more than the attention that reads it.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+import ops
+from lumina_fn.config import ModelConfig
+from lumina_fn.model import KV, Attend, Params, block, rope
+
+Cache = tuple[KV, ...]  # one per layer; keys and values, each [B S G K]
+
+
+def empty_cache(params: Params, cfg: ModelConfig, rows: int, slots: int) -> Cache:
+    """Room for `rows` sequences of at most `slots` tokens, in the parameters' dtype and on their device."""
+    new = lambda: params.embed.new_zeros(rows, slots, cfg.kv_heads, cfg.head_width)
+    return tuple((new(), new()) for _ in range(cfg.layers))
+
+
+def prefill(
+    params: Params, prompts: Sequence[Int[Tensor, " T"]], cache: Cache, cfg: ModelConfig
+) -> Float[Tensor, "B D"]:
+    """Fill an empty cache with one prompt per row; the residual stream at each prompt's last token, before the final norm."""
+    lengths = [len(prompt) for prompt in prompts]
+    ends = list(accumulate(lengths))
+    positions = torch.cat([torch.arange(n, device=params.embed.device) for n in lengths])
+    x = _blocks(params, torch.cat(list(prompts)), positions, cfg, _apart(lengths), cache)
+    return x[torch.tensor(ends, device=x.device) - 1]
+
+
+def extend(
+    params: Params, tokens: Int[Tensor, "B T"], lengths: Sequence[int], cache: Cache, cfg: ModelConfig
+) -> Float[Tensor, "B D"]:
+    """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them."""
+    B, T = tokens.shape
+    positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
+    attend = _over_cache(positions, max(lengths) + T, params.embed.dtype)
+    return _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache).view(B, T, -1)[:, -1]
+
+
+def _blocks(
+    params: Params, tokens: Tensor, positions: Tensor, cfg: ModelConfig, attend: Attend, cache: Cache
+) -> Tensor:
+    x, angles = F.embedding(tokens, params.embed)[None], rope(positions, cfg)
+    for p, kv in zip(params.blocks, cache, strict=True):
+        x, _ = block(p, x, angles, cfg, attend, kv)
+    return x[0]
+
+
+def _apart(lengths: list[int]) -> Attend:
+    """Consecutive sequences of these lengths, each causal over itself and kept from slot 0 of its row."""
+
+    def attend(q, k, v, cache):
+        out, (keys, values) = [], cache
+        for row, (q_, k_, v_) in enumerate(zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True)):
+            keys[row, : lengths[row]], values[row, : lengths[row]] = k_[0], v_[0]
+            out.append(ops.attention(q_, k_, v_))
+        return torch.cat(out, 1), cache
+
+    return attend
+
+
+def _over_cache(positions: Int[Tensor, "B T"], slots: int, dtype: torch.dtype) -> Attend:
+    """Each row's T tokens see that row's slots up to their own; the first `slots` slots are read."""
+    B, T = positions.shape
+    rows = torch.arange(B, device=positions.device)[:, None]
+    seen = torch.arange(slots, device=positions.device) <= positions[..., None]
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+    def attend(q, k, v, cache):
+        for kept, new in zip(cache, (k, v), strict=True):
+            kept[rows, positions] = rearrange(new, "1 (B T) G K -> B T G K", B=B)
+        # The query heads that share a key head become more queries of it, so that keys are never repeated.
+        shared = q.shape[2] // k.shape[2]
+        q = rearrange(q, "1 (B T) (G R) K -> B G (R T) K", B=B, R=shared)
+        keys, values = (t[:, :slots].transpose(1, 2) for t in cache)
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=repeat(hidden, "B T S -> B 1 (R T) S", R=shared)
+        )
+        return rearrange(out, "B G (R T) K -> 1 (B T) (G R) K", T=T), cache
+
+    return attend
