@@ -1,0 +1,203 @@
+"""Train the embedded default's picture tokenizer: MoVQGAN's architecture, 1.1 M parameters, on drawn pictures of every shape.
+
+    OMP_NUM_THREADS=2 python -m experiments.demo.train_vq --out runs/vq
+
+Resumes from OUT/state.safetensors. It sees the new shape too: it learns to draw patches, never a word.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from experiments.demo import shapes
+from experiments.settings import parse
+from lumina_fn import errors, files, optim, vq
+from lumina_fn.config import VQConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path = Path("runs/vq")
+    steps: int = 3000
+    seed: int = 0
+    batch: int = 16
+    lr: float = 1.5e-3
+    codes: int = 512
+    crop: int = 40  # pixels: most steps see a window around the object, which costs less than half
+    crop_until: float = 0.6  # of the steps
+    quantize_from: int = 60  # steps without the codebook, before it starts at their k-means
+    revive_until: float = 0.7  # of the steps; afterwards the codebook only settles
+    average_from: float = 0.7  # of the steps; the result is a running average of the weights
+    commitment: float = 0.25
+    log_every: int = 20
+    save_every: int = 200
+
+
+class State(NamedTuple):
+    step: Tensor
+    params: vq.Params
+    mu: vq.Params
+    nu: vq.Params
+    average: vq.Params
+    uses: Tensor  # [N] running mean of how often a code is used in a step
+    sums: Tensor  # [N E] running mean of what it then stands for
+
+
+def config(codes: int) -> VQConfig:
+    # 8 groups, not 32: with 32 channels those would be one channel each and would wash out flat colours.
+    return VQConfig(channels=32, multipliers=(1, 1, 2, 2), res_blocks=1, attn_levels=(3,), codes=codes, groups=8)
+
+
+def to_unit(pictures: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def window(spec: shapes.Spec, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A square of `size` pixels, on whole cells, around the object."""
+    corner = [
+        8 * rng.integers(max(0, c - size + 16) // 8, min(shapes.SIZE - size, c - 16) // 8 + 1)
+        for c in shapes.POSITIONS[spec.position]
+    ]
+    return shapes.draw(spec)[corner[1] : corner[1] + size, corner[0] : corner[0] + size]
+
+
+def objective(params: vq.Params, image: Tensor, cfg: VQConfig, commitment: float, quantized: bool):
+    """The reconstruction's loss, straight through the quantizer; the codebook itself follows by running means."""
+    z = vq.latent(params, image, cfg)
+    codes = vq.nearest(params.codebook, z.detach())
+    nearest = vq.lookup(params.codebook, codes).detach()
+    zq, commit = (z + (nearest - z).detach(), F.mse_loss(z, nearest)) if quantized else (z, z.square().mean() * 0)
+    off = vq.decode_latent(params, zq, cfg) - image
+    edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
+    square = off.square().mean()
+    return off.abs().mean() + square + 0.5 * edges + commitment * commit, (square, z, codes)
+
+
+def k_means(points: Tensor, n: int, generator: torch.Generator, rounds: int = 8) -> Tensor:
+    """n centres among points [P E]; an empty one restarts at a random point."""
+    draw = lambda n: points[torch.randint(len(points), (n,), generator=generator)]
+    centres = draw(n) + 0.01 * points.std(0) * torch.randn(n, points.shape[1], generator=generator)
+    for _ in range(rounds):
+        own = torch.cdist(points, centres).argmin(1)
+        size = torch.bincount(own, minlength=n)[:, None]
+        centres = torch.where(
+            size > 0, torch.zeros_like(centres).index_add(0, own, points) / size.clamp(min=1), draw(n)
+        )
+    return centres
+
+
+def follow(
+    state: State, z: Tensor, codes: Tensor, revive: bool, generator: torch.Generator, decay: float = 0.98
+) -> State:
+    """The codebook moves to the running mean of the latents it stands for; unused codes restart at badly served latents."""
+    rows, own = z.permute(0, 2, 3, 1).flatten(0, 2), codes.flatten()
+    uses = decay * state.uses + (1 - decay) * torch.bincount(own, minlength=len(state.uses))
+    sums = decay * state.sums + (1 - decay) * torch.zeros_like(state.sums).index_add(0, own, rows)
+    dead = (uses < 0.01).nonzero()[:, 0]
+    if revive and len(dead):
+        far = (rows - state.params.codebook[own]).square().sum(1).clamp(min=1e-8)
+        dead = dead[: len(rows)]
+        uses[dead], sums[dead] = 0.02, 0.02 * rows[torch.multinomial(far, len(dead), generator=generator)]
+    codebook = torch.where(uses[:, None] > 1e-6, sums / uses[:, None].clamp(min=1e-6), state.params.codebook)
+    return state._replace(params=state.params._replace(codebook=codebook), uses=uses, sums=sums)
+
+
+def step(
+    state: State, specs: list[shapes.Spec], s: Settings, cfg: VQConfig, opt: optim.AdamW
+) -> tuple[State, dict[str, float]]:
+    n = int(state.step)
+    part = n / s.steps
+    rng, generator = np.random.default_rng((s.seed, n)), torch.Generator().manual_seed(s.seed * s.steps + n)
+    chosen = [specs[i] for i in rng.integers(len(specs), size=s.batch)]
+    image = to_unit([window(c, s.crop, rng) if part < s.crop_until else shapes.draw(c) for c in chosen])
+    if n == s.quantize_from:
+        with torch.no_grad():
+            many = to_unit([shapes.draw(specs[i]) for i in rng.integers(len(specs), size=128)])
+            points = vq.latent(state.params, many, cfg).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
+        codebook = k_means(points, s.codes, generator)
+        state = state._replace(
+            params=state.params._replace(codebook=codebook), uses=torch.full((s.codes,), 0.1), sums=0.1 * codebook
+        )
+    lossy = lambda p: objective(p, image, cfg, s.commitment, n >= s.quantize_from)
+    grads, (loss, (square, z, codes)) = torch.func.grad_and_value(lossy, has_aux=True)(state.params)
+    norm = optim.global_norm(grads)
+    skip = ~torch.isfinite(norm)
+    params, mu, nu = optim.update(
+        opt,
+        state.step + 1,
+        optim.rate(opt, state.step),
+        norm,
+        skip,
+        state.params,
+        grads,
+        state.mu,
+        state.nu,
+        donate=False,
+    )
+    state = state._replace(step=state.step + 1, params=params, mu=mu, nu=nu)
+    if n >= s.quantize_from:
+        state = follow(state, z, codes, part < s.revive_until, generator)
+    keep = 0.99 if part >= s.average_from else 0.0
+    average = pytree.tree_map(lambda a, p: keep * a + (1 - keep) * p, state.average, state.params)
+    psnr = 10 * torch.log10(4 / square)
+    return state._replace(average=average), {
+        "loss": loss.item(),
+        "psnr": psnr.item(),
+        "codes": int((state.uses > 0.01).sum()),
+    }
+
+
+def start(s: Settings, cfg: VQConfig) -> State:
+    params = vq.init(cfg, seed=s.seed)
+    zeros = pytree.tree_map(torch.zeros_like, params)
+    return State(
+        torch.zeros((), dtype=torch.int64),
+        params,
+        zeros,
+        zeros,
+        params,
+        torch.zeros(s.codes),
+        torch.zeros(s.codes, cfg.embed),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = parse(Settings, __doc__, argv)
+    cfg, path = config(s.codes), s.out / "state.safetensors"
+    s.out.mkdir(parents=True, exist_ok=True)
+    state, seconds = start(s, cfg), 0.0
+    spec = pytree.tree_structure(state)
+    if path.exists():
+        tensors = load_file(path)
+        seconds = tensors.pop("seconds").item()
+        state = pytree.tree_unflatten([tensors[str(i)] for i in range(spec.num_leaves)], spec)
+    specs = list(chain.from_iterable(shapes.specs(shape) for shape in shapes.SHAPES))
+    rise_and_fall = lambda n: s.lr * ((n + 1) / 20).clamp(max=1) * ((1 - n / s.steps) / 0.5).clamp(0.02, 1)
+    opt = optim.AdamW(lr=rise_and_fall, b1=0.9, b2=0.99, decay=0.0, clip=1.0)
+    begun = time.time() - seconds
+    while (n := int(state.step)) < s.steps:
+        state, metrics = step(state, specs, s, cfg, opt)
+        if n % s.log_every == 0:
+            print(
+                f"{n} {time.time() - begun:.0f} s " + " ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True
+            )
+        if (n + 1) % s.save_every == 0 or n + 1 == s.steps:
+            leaves = {str(i): t.contiguous() for i, t in enumerate(pytree.tree_leaves(state))}
+            files.write_atomic(path, save({**leaves, "seconds": torch.tensor(time.time() - begun)}))
+    record = {"settings": asdict(s) | {"out": str(s.out)}, "seconds": round(time.time() - begun), "final": metrics}
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    errors.run(main)
