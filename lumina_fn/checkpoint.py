@@ -1,0 +1,106 @@
+"""Load a model as a tree, from whatever folder somebody has; save one as a native folder.
+
+A native folder is config.json (`format`, `kind`, `model`: sizes, `ids`, `source_config`), safetensors files whose keys are tree
+paths, their index, and the tokenizer's files.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lumina_fn import files, model, names, sources, tensor_files, vq
+from lumina_fn.config import ModelConfig, VQConfig
+from lumina_fn.errors import InputError
+from lumina_fn.tensor_files import Stored
+
+log = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[model.Params, ModelConfig]:
+    """The transformer of a native, Hugging Face or MindSpeed release folder; InputError for anything else or damaged."""
+    source = sources.open_source(path)
+    if not isinstance(source.cfg, ModelConfig):
+        raise InputError(f"{path} is {source.what}, expected the transformer: give the language model's folder")
+    return _load(source, model.init(source.cfg, device="meta"), device, dtype), source.cfg
+
+
+def load_vq(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[vq.Params, VQConfig]:
+    """The MoVQGAN of a native folder, or of a .ckpt (or a folder with one), which is read without running it."""
+    source = sources.open_source(path)
+    if not isinstance(source.cfg, VQConfig):
+        raise InputError(f"{path} is {source.what}, expected a MoVQGAN: give its native folder or its .ckpt")
+    return _load(source, vq.init(source.cfg, device="meta"), device, dtype), source.cfg
+
+
+def _load(source: sources.Source, like: names.Tree, device: str | torch.device, dtype: torch.dtype) -> names.Tree:
+    for remark in source.remarks:
+        log.warning(remark)
+    return names.unflatten(like, {path: tensor_files.read(t, device, dtype) for path, t in source.tensors.items()})
+
+
+def save_model(
+    path: str | Path,
+    params: model.Params,
+    cfg: ModelConfig,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """A native folder, written atomically; the tokenizer's files and the Hugging Face config come from the folder `source`."""
+    config, companions = (None, {}) if source is None else sources.heritage(source)
+    tensors = _checked(params, model.init(cfg, device="meta"))
+    with files.new_folder(path, overwrite) as folder:
+        write_native(folder, cfg, tensors, config, companions)
+
+
+def save_vq(path: str | Path, params: vq.Params, cfg: VQConfig, *, overwrite: bool = False) -> None:
+    """A native folder, written atomically."""
+    tensors = _checked(params, vq.init(cfg, device="meta"))
+    with files.new_folder(path, overwrite) as folder:
+        write_native(folder, cfg, tensors, None, {})
+
+
+def _checked(params: object, like: object) -> dict[str, Tensor]:
+    """The tree's tensors by path; ValueError unless they are those that the sizes call for."""
+    tensors = names.flatten(params)
+    shapes = {path: t.shape for path, t in tensors.items()}
+    expected = {path: t.shape for path, t in names.flatten(like).items()}
+    if wrong := sorted(path for path in shapes.keys() | expected.keys() if shapes.get(path) != expected.get(path)):
+        raise ValueError(f"these parameters do not fit the sizes of cfg: {', '.join(wrong)}")
+    return tensors
+
+
+def write_native(
+    folder: Path,
+    cfg: ModelConfig | VQConfig,
+    tensors: Mapping[str, Stored | Tensor],
+    config: dict | None,
+    companions: Mapping[str, Path],
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Fill a folder with tensors (by tree path); config.json comes last, so that an unfinished one never loads."""
+    tensor_files.write_shards(folder, tensors, progress)
+    copy_companions(folder, companions)
+    sizes = asdict(cfg)
+    head = {"format": sources.FORMAT, "kind": "movqgan", "model": sizes}
+    if isinstance(cfg, ModelConfig):
+        head |= {"kind": "lumina", "ids": sizes.pop("ids"), "source_config": config}
+    write_json(folder / "config.json", head)
+
+
+def copy_companions(folder: Path, companions: Mapping[str, Path]) -> None:
+    for name, path in companions.items():
+        (folder / name).write_bytes(path.read_bytes())
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""What each parameter is called: tree paths here, state dict keys there; one table per tree, read both ways."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import optree
+from torch import Tensor
+
+Tree = TypeVar("Tree")
+Table = tuple[tuple[str, str], ...]  # (our path, their key); a * stands for the same whole numbers on both sides
+
+TRANSFORMER: Table = (
+    ("embed", "model.embed_tokens.weight"),
+    ("blocks.*.attn_norm", "model.layers.*.input_layernorm.weight"),
+    ("blocks.*.q", "model.layers.*.self_attn.q_proj.weight"),
+    ("blocks.*.k", "model.layers.*.self_attn.k_proj.weight"),
+    ("blocks.*.v", "model.layers.*.self_attn.v_proj.weight"),
+    ("blocks.*.q_norm.gain", "model.layers.*.self_attn.q_norm.weight"),
+    ("blocks.*.q_norm.bias", "model.layers.*.self_attn.q_norm.bias"),
+    ("blocks.*.k_norm.gain", "model.layers.*.self_attn.k_norm.weight"),
+    ("blocks.*.k_norm.bias", "model.layers.*.self_attn.k_norm.bias"),
+    ("blocks.*.out", "model.layers.*.self_attn.o_proj.weight"),
+    ("blocks.*.mlp_norm", "model.layers.*.post_attention_layernorm.weight"),
+    ("blocks.*.gate", "model.layers.*.mlp.gate_proj.weight"),
+    ("blocks.*.up", "model.layers.*.mlp.up_proj.weight"),
+    ("blocks.*.down", "model.layers.*.mlp.down_proj.weight"),
+    ("head.norm", "model.norm.weight"),
+    ("head.unembed", "lm_head.weight"),
+)
+
+
+def _under(ours: str, theirs: str, rows: Table) -> Table:
+    return tuple((f"{ours}.{a}", f"{theirs}.{b}") for a, b in rows)
+
+
+_CONV: Table = (("weight", "weight"), ("bias", "bias"))
+_GROUP_NORM: Table = (("gain", "weight"), ("bias", "bias"))
+_SPATIAL_NORM = (
+    _under("norm", "norm_layer", _GROUP_NORM) + _under("gain", "conv_y", _CONV) + _under("bias", "conv_b", _CONV)
+)
+
+
+def _coder(norm: Table, levels: str, resample: str) -> Table:
+    res = (
+        *_under("norm1", "norm1", norm), *_under("conv1", "conv1", _CONV), *_under("norm2", "norm2", norm),
+        *_under("conv2", "conv2", _CONV), *_under("shortcut.0", "nin_shortcut", _CONV),
+    )  # fmt: skip
+    attention = (
+        *_under("norm", "norm", norm), *_under("q", "q", _CONV), *_under("k", "k", _CONV), *_under("v", "v", _CONV),
+        *_under("out", "proj_out", _CONV),
+    )  # fmt: skip
+    return (
+        *_under("conv_in", "conv_in", _CONV),
+        *_under("levels.*.blocks.*", f"{levels}.*.block.*", res),
+        *_under("levels.*.attentions.*", f"{levels}.*.attn.*", attention),
+        *_under("levels.*.resample.0", f"{levels}.*.{resample}.conv", _CONV),
+        *_under("middle.block1", "mid.block_1", res),
+        *_under("middle.attention", "mid.attn_1", attention),
+        *_under("middle.block2", "mid.block_2", res),
+        *_under("norm_out", "norm_out", norm),
+        *_under("conv_out", "conv_out", _CONV),
+    )
+
+
+MOVQGAN: Table = (
+    *_under("encoder", "encoder", _coder(_GROUP_NORM, "down", "downsample")),
+    *_under("decoder", "decoder", _coder(_SPATIAL_NORM, "up", "upsample")),
+    ("codebook", "quantize.embedding.weight"),
+    *_under("quant_conv", "quant_conv", _CONV),
+    *_under("post_quant_conv", "post_quant_conv", _CONV),
+)
+
+
+def _renamed(name: str, pattern: str, other: str) -> str | None:
+    match = re.fullmatch(re.escape(pattern).replace(r"\*", "(0|[1-9][0-9]{0,5})"), name, re.ASCII)
+    if match is None:
+        return None
+    numbers = iter(match.groups())
+    return re.sub(r"\*", lambda _: next(numbers), other)
+
+
+def to_native(key: str, table: Table) -> str | None:
+    """Our path for their key; None for a key the table does not know."""
+    return next((path for ours, theirs in table if (path := _renamed(key, theirs, ours)) is not None), None)
+
+
+def to_source(path: str, table: Table) -> str | None:
+    """Their key for our path; None for a path the table does not know."""
+    return next((key for ours, theirs in table if (key := _renamed(path, ours, theirs)) is not None), None)
+
+
+def flatten(tree: object) -> dict[str, Tensor]:
+    """The tree's tensors by path: fields and positions joined by dots, such as blocks.0.q_norm.gain."""
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    return {
+        ".".join(str(getattr(e, "field", e.entry)) for e in a): leaf for a, leaf in zip(accessors, leaves, strict=True)
+    }
+
+
+def unflatten(like: Tree, tensors: Mapping[str, Tensor]) -> Tree:
+    """A tree shaped as `like` with the tensors of these paths; KeyError for one that is missing."""
+    return optree.tree_unflatten(optree.tree_structure(like), [tensors[path] for path in flatten(like)])

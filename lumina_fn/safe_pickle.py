@@ -1,0 +1,214 @@
+"""Read the pickle inside a torch file without running it: no import, no call, no attribute is ever set.
+
+A pickle is a program for a small stack machine. Here is a machine that knows dicts, lists, numbers and strings, and the few
+records by which torch names a tensor (its rebuild functions and storages). Whatever else a file asks for (a class, a function,
+an object's state) becomes an `Inert` that only remembers the name.
+"""
+
+import pickletools
+import struct
+from typing import NamedTuple
+
+MAX_BYTES = 32 << 20
+MAX_OPS = 2_000_000  # a state dict needs about 40 for each tensor
+
+
+class StorageRef(NamedTuple):
+    kind: str  # torch's legacy storage class, such as BFloat16Storage
+    key: str  # the member data/KEY of the zip file
+    numel: int
+
+
+class TensorRef(NamedTuple):
+    storage: StorageRef
+    offset: int  # in elements, like the strides
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Global(NamedTuple):
+    """The name of a class or function. It is never looked up."""
+
+    module: str
+    name: str
+
+
+class Inert(NamedTuple):
+    what: str
+
+
+_REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_PARAMETER = (
+    Global("torch._utils", "_rebuild_parameter"),
+    Global("torch._utils", "_rebuild_parameter_with_state"),
+)
+_REBUILD_TYPED = Global("torch._tensor", "_rebuild_from_type_v2")
+_VALUES = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
+    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def loads(data: bytes) -> object:
+    """The pickled value: dicts (entries with string keys only), lists, tuples, plain values, TensorRefs and Inerts.
+
+    Raises ValueError if the pickle is malformed or larger than the two bounds above.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_BYTES}")
+    try:
+        return _run(data)
+    except (IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        raise ValueError(f"malformed pickle ({type(error).__name__})") from error
+
+
+def _run(data: bytes) -> object:
+    stack: list = []
+    marked: list[list] = []
+    memo: dict[int, object] = {}
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+        if count > MAX_OPS:
+            raise ValueError(f"the pickle has more than {MAX_OPS} operations")
+        op = opcode.name
+        if op in _VALUES:
+            stack.append(arg)
+        elif op in _CONSTANTS:
+            stack.append(_CONSTANTS[op])
+        elif op in _TUPLES:
+            stack[-_TUPLES[op] :] = [_exactly(stack, _TUPLES[op])]
+        elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[arg] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[arg])
+        else:
+            match op:
+                case "STOP":
+                    return stack.pop()
+                case "PROTO" | "FRAME":
+                    pass
+                case "MARK":
+                    marked.append(stack)
+                    stack = []
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST" | "EMPTY_SET":  # a set as a list: nothing foreign is hashed or compared
+                    stack.append([])
+                case (
+                    "TUPLE"
+                    | "FROZENSET"
+                    | "LIST"
+                    | "DICT"
+                    | "APPENDS"
+                    | "ADDITEMS"
+                    | "SETITEMS"
+                    | "POP_MARK"
+                    | "INST"
+                    | "OBJ"
+                ):
+                    items, stack = stack, marked.pop()
+                    _close(op, arg, items, stack)
+                case "APPEND":
+                    _extend(stack[-2], [stack.pop()])
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _update(stack[-1], [key, value])
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GLOBAL":
+                    stack.append(Global(*arg.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    stack.append(Global(module, name) if type(module) is type(name) is str else Inert("a global"))
+                case "REDUCE":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(_reduced(function, args))
+                case "BUILD":  # an object's state: the object stays what it is
+                    stack.pop()
+                    stack[-1]
+                case "NEWOBJ" | "NEWOBJ_EX":
+                    del stack[-(2 if op == "NEWOBJ" else 3) :]
+                    stack.append(Inert("an object"))
+                case "BINPERSID":
+                    stack.append(_storage(stack.pop()))
+                case "PERSID" | "EXT1" | "EXT2" | "EXT4":
+                    stack.append(Inert("an extension or a persistent id"))
+                case "DUP":
+                    stack.append(stack[-1])
+                case "POP":
+                    if stack:
+                        stack.pop()
+                    else:
+                        stack = marked.pop()
+                case _:
+                    raise ValueError(f"the pickle uses {op}")
+    raise ValueError("the pickle has no end")
+
+
+def _exactly(stack: list, n: int) -> tuple:
+    if len(stack) < n:
+        raise IndexError
+    return tuple(stack[-n:])
+
+
+def _close(op: str, arg: object, items: list, stack: list) -> None:
+    """Use up what stands above a mark."""
+    match op:
+        case "TUPLE" | "FROZENSET":
+            stack.append(tuple(items))
+        case "LIST":
+            stack.append(items)
+        case "DICT":
+            stack.append({})
+            _update(stack[-1], items)
+        case "APPENDS" | "ADDITEMS":
+            _extend(stack[-1], items)
+        case "SETITEMS":
+            _update(stack[-1], items)
+        case "INST" | "OBJ":
+            stack.append(Inert("an object"))
+
+
+def _extend(target: object, items: list) -> None:
+    if type(target) is list:
+        target.extend(items)
+
+
+def _update(target: object, items: list) -> None:
+    if type(target) is dict:
+        target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
+
+
+def _reduced(function: object, args: object) -> object:
+    if type(function) is not Global or type(args) is not tuple:
+        return Inert("a call")
+    if function == Global("collections", "OrderedDict"):
+        return {}
+    if function == _REBUILD_TENSOR:
+        return _tensor(args)
+    if function in _REBUILD_PARAMETER and args and type(args[0]) is TensorRef:
+        return args[0]
+    if function == _REBUILD_TYPED and len(args) > 2 and args[0] == _REBUILD_TENSOR and type(args[2]) is tuple:
+        return _tensor(args[2])
+    return Inert(f"{function.module}.{function.name}")
+
+
+def _tensor(args: tuple) -> TensorRef | Inert:
+    if len(args) < 4 or type(args[0]) is not StorageRef:
+        return Inert("a tensor without a storage")
+    storage, offset, shape, stride = args[:4]
+    if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride):
+        raise ValueError("a tensor's shape and strides do not match")
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (offset, *shape, *stride)):
+        raise ValueError("a tensor's sizes are not whole numbers")
+    return TensorRef(storage, offset, shape, stride)
+
+
+def _storage(pid: object) -> StorageRef | Inert:
+    match pid:
+        case ("storage", Global("torch", kind), str(key), str(), int(numel)) if (
+            type(pid) is tuple and type(kind) is str
+        ):
+            return StorageRef(kind, key, numel)
+    return Inert("a persistent id")

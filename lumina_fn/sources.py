@@ -1,0 +1,297 @@
+"""Find out what lies in a folder (native, Hugging Face, MindSpeed release, MoVQGAN .ckpt) and check it, tensors unread."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from lumina_fn import hf_config, model, names, prompt, torch_zip, vq
+from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
+from lumina_fn.errors import InputError, printable
+from lumina_fn.tensor_files import INDEX, Stored, safetensors_header
+from lumina_fn.vocab import LUMINA_VOCAB
+
+FORMAT = "lumina_fn/1"
+ITERATION = "latest_checkpointed_iteration.txt"
+RELEASE = "release/mp_rank_00/model_optim_rng.pt"
+MAX_JSON = 64 << 20  # bytes
+COMPANIONS = (  # what travels with a model's weights, by name; nothing else is copied
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+
+
+class Source(NamedTuple):
+    what: str
+    cfg: ModelConfig | VQConfig
+    tensors: dict[str, Stored]  # by tree path: exactly those of the tree, in its order
+    config: dict | None  # Hugging Face's, verbatim
+    companions: dict[str, Path]
+    remarks: list[str]  # for the user: what was ignored
+
+
+def open_source(path: str | Path) -> Source:
+    """What lies at `path`, checked whole; InputError that lists all that is wrong with it."""
+    path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def heritage(path: str | Path) -> tuple[dict | None, dict[str, Path]]:
+    """What a model made from this folder's takes over: the Hugging Face config, and the files that travel along."""
+    path = Path(path)
+    config = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if config is not None and "format" in config:
+        config = config.get("source_config")
+    return config, companions(path)
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    return {name: _inside(folder, name) for name in COMPANIONS if (folder / name).exists()}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; InputError for anything else."""
+    if path.stat().st_size > MAX_JSON:
+        raise InputError(f"{path} has more than {MAX_JSON} bytes: not a model's")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({printable(error)}): it is truncated or damaged") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return value
+
+
+def _open(path: Path) -> Source:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a model folder or a MoVQGAN .ckpt")
+    if path.is_file():
+        if path.suffix not in (".ckpt", ".pt", ".pth"):
+            raise InputError(
+                f"{path} is a file: give its folder (native, Hugging Face, MindSpeed release), or a MoVQGAN .ckpt"
+            )
+        return _open_ckpt(path)
+    config = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if config is not None and "format" in config:
+        return _open_native(path, config)
+    weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
+    if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
+        return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
+    if (path / ITERATION).exists():
+        return _open_mindspeed(path, config)
+    checkpoints = sorted(path.glob("*.ckpt"))
+    if len(checkpoints) == 1:
+        return _open_ckpt(_inside(path, checkpoints[0].name))
+    found = (
+        f"{len(checkpoints)} of these"
+        if checkpoints
+        else "safetensors without a model's config.json"
+        if weights
+        else "none"
+    )
+    raise InputError(
+        f"{path} is no model folder: expected config.json with safetensors (native, Hugging Face), {ITERATION} "
+        f"(MindSpeed release) or one MoVQGAN .ckpt, found {found}"
+    )
+
+
+def _open_native(path: Path, config: dict) -> Source:
+    where = path / "config.json"
+    kinds = {"lumina": ModelConfig, "movqgan": VQConfig}
+    form, kind, sizes = config["format"], config.get("kind"), config.get("model")
+    if form != FORMAT or not isinstance(kind, str) or kind not in kinds:
+        raise InputError(
+            f"{where} has format {form!r} and kind {kind!r}; this version reads {FORMAT!r}, lumina or movqgan"
+        )
+    expected = {f.name for f in fields(kinds[kind])} - {"ids"}
+    if not isinstance(sizes, dict) or sizes.keys() != expected:
+        raise InputError(f"{where}: `model` must hold exactly {', '.join(sorted(expected))}")
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    wrong = hf_config.problems(sizes) if kind == "lumina" else _vq_problems(sizes)
+    ids = hf_config.read_ids(config.get("ids"), sizes["vocab"], wrong) if kind == "lumina" else None
+    if kind == "lumina" and not (
+        _whole(sizes["masked_ids"], 0) and max(sizes["masked_ids"], default=-1) < sizes["vocab"]
+    ):
+        wrong.append("masked_ids must be a list of ids below vocab")
+    if wrong:
+        raise InputError(printable(f"{where}: {'; '.join(wrong)}"))
+    cfg = _with_ids(ModelConfig(**sizes, ids=ids), path) if kind == "lumina" else VQConfig(**sizes)
+    tensors, _ = _matched(path, _safetensors(path), cfg, None, ())
+    source = config.get("source_config") if isinstance(config.get("source_config"), dict) else None
+    return Source(f"a native {kind} folder", cfg, tensors, source, companions(path), [])
+
+
+def _open_transformer(path: Path, found: dict[str, Stored], config: dict | None, what: str) -> Source:
+    paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
+    sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
+    cfg, remarks = replace(LUMINA_7B, **sizes), []
+    if config is not None:
+        cfg, remarks = hf_config.parse(config, sizes, path / "config.json")
+    elif wrong := hf_config.problems(asdict(cfg)):
+        raise InputError(f"{path} is no Lumina-mGPT 2.0 transformer, as its tensors tell: {'; '.join(wrong)}")
+    tensors, ignored = _matched(path, found, cfg, names.TRANSFORMER, ("model.vqmodel.",))
+    return Source(what, _with_ids(cfg, path), tensors, config, companions(path), remarks + ignored)
+
+
+def _open_mindspeed(path: Path, config: dict | None) -> Source:
+    with (path / ITERATION).open("rb") as file:
+        iteration = file.read(64).strip()
+    if iteration != b"release":
+        raise InputError(
+            f"{path / ITERATION} says {printable(iteration.decode(errors='replace'))!r}; only `release` folders are read"
+        )
+    file = path / RELEASE
+    if (path / "release/mp_rank_01").exists():
+        raise InputError(f"{path} is split over several tensor-parallel ranks: merge them into mp_rank_00 first")
+    if not file.is_file() or not file.resolve().is_relative_to(_root(path)):
+        raise InputError(f"{file} is missing: the MindSpeed release folder is not whole")
+    found, other = torch_zip.state_dict(file, "model")
+    source = _open_transformer(path, found, config, "a MindSpeed release folder")
+    return source._replace(remarks=source.remarks + _ignored(other))
+
+
+def _open_ckpt(file: Path) -> Source:
+    found, other = torch_zip.state_dict(file, "state_dict")
+    cfg = _vq_sizes(file, {key: tensor.shape for key, tensor in found.items()})
+    tensors, ignored = _matched(file, found, cfg, names.MOVQGAN, ("ema_", "model_ema.", "loss."))
+    return Source("a MoVQGAN checkpoint", cfg, tensors, None, {}, ignored + _ignored(other))
+
+
+def _ignored(keys: list[str]) -> list[str]:
+    return [f"ignored: {printable(key)}" for key in keys]
+
+
+def _matched(
+    where: Path,
+    found: dict[str, Stored],
+    cfg: ModelConfig | VQConfig,
+    table: names.Table | None,
+    ignorable: tuple[str, ...],
+) -> tuple[dict[str, Stored], list[str]]:
+    """The tree's tensors by tree path and remarks on ignored ones; InputError that lists all missing, unknown, misshapen ones.
+
+    Their keys are tree paths where there is no table.
+    """
+    count = cfg.layers if isinstance(cfg, ModelConfig) else len(cfg.multipliers) * cfg.res_blocks
+    if count > len(found):
+        raise InputError(
+            f"{where} has {len(found)} tensors, too few for the {count} layers of its config.json: it is not whole"
+        )
+    like = names.flatten(
+        model.init(cfg, device="meta") if isinstance(cfg, ModelConfig) else vq.init(cfg, device="meta")
+    )
+    keys = {path: path if table is None else names.to_source(path, table) for path in like}
+    missing = [key for key in keys.values() if key not in found]
+    extra = sorted(found.keys() - set(keys.values()))
+    ignored = [key for key in extra if key.startswith(ignorable or "\0")]
+    misshapen = []
+    for path, key in keys.items():
+        if key in found and (found[key].shape != tuple(like[path].shape) or not found[key].dtype.is_floating_point):
+            has = f"{str(found[key].dtype).removeprefix('torch.')} {list(found[key].shape)}"
+            misshapen.append(f"{key} ({has}, expected {list(like[path].shape)})")
+    unknown = [key for key in extra if key not in ignored]
+    lists = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+    if wrong := "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists.items() if keys):
+        raise InputError(printable(f"{where} does not hold the tensors that its sizes call for: {wrong}"))
+    return {path: found[key] for path, key in keys.items()}, _ignored(ignored)
+
+
+def _safetensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the shards that the index names, or of every safetensors file where there is no index."""
+    if not (folder / INDEX).exists():
+        shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        where = None
+    else:
+        where = read_json(_inside(folder, INDEX)).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of tensor and file names")
+        shards = sorted(set(where.values()))
+        if absent := [name for name in shards if not (folder / name).exists()]:
+            raise InputError(printable(f"{folder} lacks the files of its index: {', '.join(absent)}; get them"))
+    found: dict[str, Stored] = {}
+    for shard in shards:
+        header = safetensors_header(_inside(folder, shard))
+        if where is not None:
+            header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
+        if twice := sorted(found.keys() & header.keys()):
+            raise InputError(printable(f"{folder} holds tensors in two files: {', '.join(twice)}"))
+        found |= header
+    return found
+
+
+def _root(folder: Path) -> Path:
+    """What a folder's links may point into: itself, or the repository in Hugging Face's cache that it is a snapshot of."""
+    folder = folder.resolve()
+    return folder.parents[1] if folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir() else folder
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A regular file directly in the folder; a name or link that leads out of it is an InputError."""
+    path = folder / name
+    if Path(name).name != name or not name.isprintable() or not path.resolve().is_relative_to(_root(folder)):
+        raise InputError(
+            printable(f"{folder}: the file {name!r} lies outside of the folder; put the file itself there")
+        )
+    if not path.is_file():
+        raise InputError(f"{path} is missing or not a regular file")
+    return path
+
+
+def _with_ids(cfg: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the special ids of the folder's tokenizer, unless it has its own.
+
+    A small model's tokenizer may lack the special tokens, then the model has no ids; the released model's must have them.
+    """
+    if cfg.ids is not None or not all((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return cfg
+    try:
+        return replace(cfg, ids=prompt.load_tokenizer(folder).ids)
+    except InputError:
+        if cfg.vocab == LUMINA_VOCAB:
+            raise
+        return cfg
+
+
+def _whole(values: object, least: int) -> bool:
+    return type(values) is tuple and all(type(i) is int and least <= i <= hf_config.LARGEST for i in values)
+
+
+def _vq_problems(sizes: Mapping) -> list[str]:
+    lists = {"multipliers": 1, "attn_levels": 0}
+    wrong = [
+        f"{name} must be a list of whole numbers" for name, least in lists.items() if not _whole(sizes[name], least)
+    ]
+    wrong += [
+        f"{n} must be a positive whole number" for n, v in sizes.items() if n not in lists and not _whole((v,), 1)
+    ]
+    if not wrong and not sizes["multipliers"]:
+        wrong.append("multipliers must not be empty")
+    if not wrong and any(sizes["channels"] * m % sizes["groups"] for m in sizes["multipliers"]):
+        wrong.append(f"channels must be divisible by the {sizes['groups']} groups of the norms")
+    return wrong
+
+
+def _vq_sizes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
+    """Sizes read off a MoVQGAN's tensors; the group count leaves no trace in them and is the reference's 32."""
+    count = lambda pattern: next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
+    levels = count("encoder.down.{}.block.0.conv1.weight")
+    tell = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight")
+    if not levels or (missing := [key for key in tell if len(shapes.get(key, ())) < 2]):
+        missing = "encoder.down.0.block.0.conv1.weight" if not levels else ", ".join(missing)
+        raise InputError(f"{file} is no MoVQGAN: the tensors that tell its sizes are missing or misshapen: {missing}")
+    channels = max(1, shapes[tell[0]][0])
+    sizes = {
+        "channels": channels,
+        "multipliers": tuple(max(1, shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // channels) for i in range(levels)),
+        "res_blocks": count("encoder.down.0.block.{}.conv1.weight"),
+        "attn_levels": tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes),
+        "latent": shapes[tell[1]][0], "embed": shapes[tell[2]][0], "codes": shapes[tell[3]][0], "groups": 32,
+    }  # fmt: skip
+    if wrong := _vq_problems(sizes):
+        raise InputError(f"{file} is no MoVQGAN, as its tensors tell: {'; '.join(wrong)}")
+    return VQConfig(**sizes)

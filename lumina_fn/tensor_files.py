@@ -1,0 +1,169 @@
+"""Tensors in files: where each one's bytes lie, and how they get into another file or into memory a chunk at a time."""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumina_fn.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 16 << 20  # bytes; the 7.88B model's headers take 50 KB
+SHARD = 5_000_000_000  # bytes, Hugging Face's usual bound
+CHUNK = 8 << 20
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor as bytes `offset .. offset + nbytes` of a file, little endian, in row-major order unless `stride` says otherwise."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None = None
+    crc: int | None = None  # of those bytes, where the file knows it
+
+
+def chunks(source: Stored | Tensor) -> Iterator[bytes | memoryview]:
+    """The tensor's elements as bytes in row-major order, at most CHUNK at a time for those stored so."""
+    if isinstance(source, Tensor):
+        flat = source.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield from (memoryview(flat[i : i + CHUNK]) for i in range(0, flat.size, CHUNK))
+    elif source.stride is not None:
+        raw = torch.frombuffer(bytearray(b"".join(_raw(source))), dtype=source.dtype)
+        yield from chunks(raw.as_strided(source.shape, source.stride).contiguous())
+    else:
+        yield from _raw(source)
+
+
+def _raw(source: Stored) -> Iterator[bytes]:
+    left, crc = source.nbytes, 0
+    with source.file.open("rb") as file:
+        file.seek(source.offset)
+        while left:
+            data = file.read(min(CHUNK, left))
+            if not data:
+                raise InputError(f"{source.file} ends too early: it is truncated, get it again")
+            left -= len(data)
+            crc = zlib.crc32(data, crc) if source.crc is not None else 0
+            yield data
+    if source.crc is not None and crc != source.crc:
+        raise InputError(f"{source.file} is damaged (a checksum differs): get it again")
+
+
+def read(source: Stored, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor in memory; beside it only one chunk is held."""
+    out = torch.empty(math.prod(source.shape), device=device, dtype=dtype)
+    begin = 0
+    for data in chunks(source):
+        part = torch.frombuffer(bytearray(data), dtype=source.dtype)
+        out[begin : begin + len(part)] = part.to(device)
+        begin += len(part)
+    return out.reshape(source.shape)
+
+
+def safetensors_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file; InputError if the file is truncated or its header contradicts itself."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(
+                f"{path} is not a whole safetensors file ({size} bytes): it is truncated or something else, get it again"
+            )
+        if length > MAX_HEADER:
+            raise InputError(f"{path} has a header of {length} bytes, more than {MAX_HEADER}: not a model's")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        found = {name: _located(path, 8 + length, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} has a damaged safetensors header ({type(error).__name__}): get it again") from error
+    end = 8 + length
+    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise InputError(f"{path} has a damaged safetensors header (tensors overlap or leave gaps): get it again")
+        end += tensor.nbytes
+    if end != size:
+        raise InputError(
+            f"{path} has {size} bytes where its header says {end}: it is truncated or damaged, get it again"
+        )
+    return found
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(result := dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _located(path: Path, data: int, entry: Mapping) -> Stored:
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+    if (
+        any(type(n) is not int or n < 0 for n in (begin, end, *shape))
+        or math.prod(shape) * dtype.itemsize != end - begin
+    ):
+        raise ValueError("sizes and offsets do not match")
+    return Stored(path, data + begin, end - begin, shape, dtype)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None]) -> None:
+    """One file, written a chunk at a time; `progress` is told the bytes written."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + size_of(tensor)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for data in chunks(tensor):
+                file.write(data)
+                progress(len(data))
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None] = lambda n: None
+) -> None:
+    """Safetensors files of at most SHARD bytes (more only for a single larger tensor) and their index, named as Hugging Face does."""
+    shards = list(_shards(tensors.items()))
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, progress)
+        where |= dict.fromkeys(shard, name)
+    total = sum(size_of(t) for t in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+
+
+def _shards(items: Iterable[tuple[str, Stored | Tensor]]) -> Iterator[dict[str, Stored | Tensor]]:
+    shard, size = {}, 0
+    for name, tensor in items:
+        if shard and size + size_of(tensor) > SHARD:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += size_of(tensor)
+    yield shard
+
+
+def size_of(tensor: Stored | Tensor) -> int:
+    """Bytes of the tensor's elements."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize

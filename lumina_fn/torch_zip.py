@@ -1,0 +1,177 @@
+"""torch's zip files (.pt, .ckpt): read without running their pickle or loading their tensors, written without holding them."""
+
+import collections
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumina_fn import safe_pickle
+from lumina_fn.errors import InputError
+from lumina_fn.tensor_files import Stored, chunks, size_of
+
+ALIGN = 64  # bytes, as torch does
+MAX_DIRECTORY = 8 << 20  # bytes of the zip's list of members; a 7.88B model's takes 40 KB
+_KINDS = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+_CLASSES = {dtype: getattr(torch, name) for name, dtype in _KINDS.items()}
+
+
+class _Bounded(io.FileIO):
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"it asks for {size} bytes at once")
+        return super().read(MAX_DIRECTORY if size < 0 else size)
+
+
+def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors of the first of `keys` that is a dict in the file, else of the file itself; and its entries that are no tensors.
+
+    Nothing in the file is run. Raises InputError for a damaged file, a compressed member, or one whose tensors claim more bytes
+    than the file has.
+    """
+    try:
+        with _Bounded(path, "r") as file, zipfile.ZipFile(file) as archive:
+            members, root = _contents(archive)
+            entries = next((root[k] for k in keys if isinstance(root.get(k), dict)), root)
+            refs = {name: ref for name, ref in entries.items() if type(ref) is safe_pickle.TensorRef}
+            located = {}
+            found = {name: _stored(path, file, members, located, ref) for name, ref in refs.items()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError) as error:
+        old = "; files of torch < 1.6 must be saved again by a current torch"
+        raise InputError(f"{path} cannot be read as a torch file ({error}): it is damaged, or not one{old}") from error
+    if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice: weights may be tied
+        raise InputError(f"{path}: its tensors claim more bytes than the file has: it is damaged or a bomb")
+    return found, [name for name in entries if name not in refs]
+
+
+def _contents(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], dict]:
+    """The members by their name below the archive's one folder, and the pickled dict."""
+    infos = archive.infolist()
+    pickles = [i.filename for i in infos if i.filename.endswith("/data.pkl") and i.filename.count("/") == 1]
+    if len(pickles) != 1:
+        raise zipfile.BadZipFile("it has no data.pkl, or several")
+    prefix = pickles[0].removesuffix("data.pkl")
+    members = {i.filename.removeprefix(prefix): i for i in infos}
+    if len(members) != len(infos):
+        raise zipfile.BadZipFile("a member's name occurs twice")
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            raise zipfile.BadZipFile(f"{info.filename} is compressed or encrypted, torch's files are not")
+    if members["data.pkl"].file_size > safe_pickle.MAX_BYTES:
+        raise zipfile.BadZipFile(f"its pickle has more than {safe_pickle.MAX_BYTES} bytes")
+    if (
+        "byteorder" in members
+        and members["byteorder"].file_size < 16
+        and archive.read(members["byteorder"]) != b"little"
+    ):
+        raise zipfile.BadZipFile("its numbers are not little endian")
+    root = safe_pickle.loads(archive.read(members["data.pkl"]))
+    if not isinstance(root, dict):
+        raise ValueError("it holds no dict of tensors")
+    return members, root
+
+
+def _stored(
+    path: Path, file: _Bounded, members: Mapping, located: dict[str, int], ref: safe_pickle.TensorRef
+) -> Stored:
+    storage, info = ref.storage, members.get(f"data/{ref.storage.key}")
+    if storage.kind not in _KINDS or info is None:
+        raise ValueError(f"a tensor's storage {storage.kind} {storage.key} is unknown or missing")
+    dtype = _KINDS[storage.kind]
+    extent = 1 + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True)) if math.prod(ref.shape) else 0
+    if (
+        storage.numel * dtype.itemsize > info.file_size
+        or ref.offset + max(extent, math.prod(ref.shape)) > storage.numel
+    ):
+        raise ValueError("a tensor is larger than its storage")
+    if storage.key not in located:
+        located[storage.key] = _data_offset(file, info)
+    strided = math.prod(ref.shape) and not _row_major(ref.shape, ref.stride)
+    nbytes = extent * dtype.itemsize
+    whole = nbytes == info.file_size
+    begin = located[storage.key] + ref.offset * dtype.itemsize
+    return Stored(path, begin, nbytes, ref.shape, dtype, ref.stride if strided else None, info.CRC if whole else None)
+
+
+def _row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n != 1 and s != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _data_offset(file: _Bounded, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) != 30 or header[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile(f"{info.filename} has no header")
+    begin = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if begin + info.file_size > file.seek(0, io.SEEK_END):
+        raise zipfile.BadZipFile(f"{info.filename} is truncated")
+    return begin
+
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class _Tensor:
+    """Pickles as torch's own record of a contiguous tensor."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
+        self.storage, self.shape = storage, shape
+
+    def __reduce__(self) -> tuple:
+        stride = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, collections.OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> tuple | None:
+        if type(value) is not _Storage:
+            return None
+        return "storage", _CLASSES[value.dtype], value.key, "cpu", value.numel
+
+
+def write(
+    path: Path, key: str, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None] = lambda n: None
+) -> None:
+    """`{key: tensors}` as torch.save writes it, a chunk at a time; `progress` is told the bytes written."""
+    records = {
+        name: _Tensor(_Storage(t.dtype, str(i), math.prod(t.shape)), tuple(t.shape))
+        for i, (name, t) in enumerate(tensors.items())
+    }
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump({key: records})
+    with zipfile.ZipFile(path, "x") as archive:
+        _member(archive, "data.pkl", len(buffer.getvalue()), [buffer.getvalue()], lambda n: None)
+        _member(archive, "byteorder", 6, [b"little"], lambda n: None)
+        for i, tensor in enumerate(tensors.values()):
+            _member(archive, f"data/{i}", size_of(tensor), chunks(tensor), progress)
+        _member(archive, "version", 2, [b"3\n"], lambda n: None)
+
+
+def _member(archive: zipfile.ZipFile, name: str, size: int, data, progress: Callable[[int], None]) -> None:
+    info = zipfile.ZipInfo(f"archive/{name}")
+    zip64 = size >= 1 << 31
+    header = archive.fp.tell() + 30 + len(info.filename) + 4 + 20 * zip64
+    padding = -header % ALIGN
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=zip64) as file:
+        for part in data:
+            file.write(part)
+            progress(len(part))
