@@ -97,8 +97,13 @@ def whiten(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, target: int) -> Image.Image:
-    """The picture at one of the target's sizes, RGB."""
-    return whiten(crop(image, target))
+    """The picture at one of the target's sizes, RGB. Raises InputError for a mode that Pillow cannot resize or convert."""
+    try:
+        return whiten(crop(image, target))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"a picture of mode {image.mode}: {error}") from error
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
@@ -113,10 +118,11 @@ def open_image(path: Path) -> Image.Image:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(f"cannot open the file: {error.strerror}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise InputError("not a regular file")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError("not a regular file")
         if status.st_size == 0:
             raise InputError("the file has zero size")
         return _decode(file)

@@ -93,23 +93,31 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
 
-    ids, sizes = _special_ids(model.token_to_id, config, folder)
+    def encode(text: str) -> list[int]:
+        return model.encode(text, add_special_tokens=False).ids
+
+    def special(text: str) -> int | None:
+        """The id of a token that is found in running text; being in the vocabulary is not enough."""
+        token = model.token_to_id(text)
+        return token if encode(text) == [token] else None
+
+    ids, sizes = _special_ids(special, config, folder)
     eos, bos = _named(model, names, "eos_token", folder), _named(model, names, "bos_token", folder)
     if eos is None:
         raise InputError(f"{folder / 'tokenizer_config.json'}: no eos_token; expected the name of a token")
     bos = eos if bos is None else bos
     unknown = spec.get("model", {}).get("unk_token")
-    special = {t["id"] for t in spec.get("added_tokens") or [] if t["content"] != unknown}
-    special |= {ids.start, ids.end, ids.newline, ids.sep, *(ids.size0 + n for n in sizes)}
-    special |= set(range(ids.code0, ids.code0 + ids.codes))
+    control = {t["id"] for t in spec.get("added_tokens") or [] if t["content"] != unknown}
+    control |= {ids.start, ids.end, ids.newline, ids.sep, *(ids.size0 + n for n in sizes)}
+    control |= set(range(ids.code0, ids.code0 + ids.codes))
     what = json.dumps([spec, bos, eos, asdict(ids)], sort_keys=True)
     return Tokenizer(
-        encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+        encode=encode,
         bos=bos,
         eos=eos,
         ids=ids,
         sizes=sizes,
-        control=frozenset(special),
+        control=frozenset(control),
         fingerprint=hashlib.sha256(what.encode()).hexdigest(),
     )
 

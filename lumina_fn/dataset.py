@@ -1,0 +1,104 @@
+"""The user's dataset: a list of {"file", "prompt"} rows, and the files those rows may name."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumina_fn.errors import InputError
+
+# A string, or a comma before a closing bracket: whatever stands in a string is not a comma.
+_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
+
+
+class Row(NamedTuple):
+    file: str  # as written
+    prompt: str
+
+
+class NotJson(NamedTuple):
+    """A line of a JSONL file that could not be read."""
+
+    reason: str
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON list or of JSONL, trailing commas allowed; what they hold is for `row` to judge.
+
+    Raises InputError for a file that is neither. A single bad line of JSONL becomes a `NotJson`.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(
+                f"{path}: {'not a file' if path.exists() else 'no such file'}; expected a list of file and prompt as JSON or JSONL"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from error
+    try:
+        rows = _loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("{"):
+            raise InputError(f"{path}: neither JSON nor JSONL: {error}") from error
+        rows = [_line(line) for line in text.split("\n") if line.strip()]
+    rows = [rows] if isinstance(rows, dict) else rows  # JSONL of one line
+    if not isinstance(rows, list):
+        raise InputError(f'{path}: expected a list of {{"file": ..., "prompt": ...}}, found {type(rows).__name__}')
+    if not rows:
+        raise InputError(f'{path}: the dataset is empty; expected rows of {{"file": ..., "prompt": ...}}')
+    return rows
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        # A space for a comma: errors that remain keep their line and column.
+        return json.loads(_TRAILING_COMMA.sub(lambda m: " " if m[0] == "," else m[0], text))
+
+
+def _line(text: str) -> Any:
+    try:
+        return _loads(text.strip().removesuffix(","))
+    except (ValueError, RecursionError) as error:
+        return NotJson(f"the line is not JSON: {error}")
+
+
+def row(value: Any) -> Row:
+    """What a row says. Raises InputError if it names no file or has no prompt."""
+    if isinstance(value, NotJson):
+        raise InputError(value.reason)
+    if not isinstance(value, dict):
+        raise InputError(f'expected {{"file": ..., "prompt": ...}}, found {type(value).__name__}')
+    for key in ("file", "prompt"):
+        text = value.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"no {key}: expected some text, found {text!r:.80}")
+    return Row(value["file"], value["prompt"])
+
+
+def find(file: str, roots: Sequence[Path]) -> Path:
+    """The file a row means: relative to the first root that has it, or absolute; links resolved, and inside one of the roots.
+
+    Raises InputError, having opened nothing.
+    """
+    try:
+        real = [os.path.realpath(root) for root in roots]
+        seen = [Path(os.path.realpath(Path(root, file))) for root in real]
+        inside = [path for path in seen if any(path.is_relative_to(root) for root in real)]
+        if not inside:
+            raise InputError(
+                f"the path leads outside {' and '.join(map(str, roots))}; name its folder with --image-root"
+            )
+        for path in inside:
+            if path.exists():
+                return path
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"not a usable path: {error}") from error
+    raise InputError(f"no such file under {' or '.join(map(str, roots))}")
