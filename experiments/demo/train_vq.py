@@ -29,16 +29,16 @@ from lumina_fn.config import VQConfig
 @dataclass(frozen=True)
 class Settings:
     out: Path = Path("runs/vq")
-    steps: int = 3000
+    steps: int = 2600
     seed: int = 0
     batch: int = 16
     lr: float = 1.5e-3
     codes: int = 512
     crop: int = 40  # pixels: most steps see a window around the object, which costs less than half
-    crop_until: float = 0.6  # of the steps
+    crop_until: float = 0.75  # of the steps
     quantize_from: int = 60  # steps without the codebook, before it starts at their k-means
     revive_until: float = 0.7  # of the steps; afterwards the codebook only settles
-    average_from: float = 0.7  # of the steps; the result is a running average of the weights
+    average_from: float = 0.8  # of the steps; the result is a running average of the weights
     commitment: float = 0.25
     log_every: int = 20
     save_every: int = 200
@@ -82,6 +82,15 @@ def objective(params: vq.Params, image: Tensor, cfg: VQConfig, commitment: float
     edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
     square = off.square().mean()
     return off.abs().mean() + square + 0.5 * edges + commitment * commit, (square, z, codes)
+
+
+def gradients(params: vq.Params, *args):
+    """The objective's gradient by torch.autograd: a quarter less time than torch.func.grad, which takes group norms apart."""
+    leaves, spec = pytree.tree_flatten(params)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    loss, (square, z, codes) = objective(pytree.tree_unflatten(leaves, spec), *args)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)  # the codebook takes no part
+    return pytree.tree_unflatten(grads, spec), (square.detach(), z.detach(), codes)
 
 
 def k_means(points: Tensor, n: int, generator: torch.Generator, rounds: int = 8) -> Tensor:
@@ -129,8 +138,7 @@ def step(
         state = state._replace(
             params=state.params._replace(codebook=codebook), uses=torch.full((s.codes,), 0.1), sums=0.1 * codebook
         )
-    lossy = lambda p: objective(p, image, cfg, s.commitment, n >= s.quantize_from)
-    grads, (loss, (square, z, codes)) = torch.func.grad_and_value(lossy, has_aux=True)(state.params)
+    grads, (square, z, codes) = gradients(state.params, image, cfg, s.commitment, n >= s.quantize_from)
     norm = optim.global_norm(grads)
     skip = ~torch.isfinite(norm)
     params, mu, nu = optim.update(
@@ -152,7 +160,7 @@ def step(
     average = pytree.tree_map(lambda a, p: keep * a + (1 - keep) * p, state.average, state.params)
     psnr = 10 * torch.log10(4 / square)
     return state._replace(average=average), {
-        "loss": loss.item(),
+        "grad_norm": norm.item(),
         "psnr": psnr.item(),
         "codes": int((state.uses > 0.01).sum()),
     }
