@@ -6,7 +6,6 @@ Nothing here is differentiable by itself; `ops/` pairs each forward with its bac
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def wide(x: Tensor) -> Tensor:
@@ -32,16 +31,18 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B T H K] over k, v [B T G K]; the output [B T H K] and the log-sum-exp [B T H]."""
     q, k, v = (t.transpose(1, 2) for t in (q, *_repeat(q, k, v)))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
 
-def attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     wide_k, wide_v = _repeat(q, k, v)
     heads_first = [t.transpose(1, 2) for t in (dout, q, wide_k, wide_v, out, lse)]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True)
     # A key head's gradient is the sum over the query heads it serves.
     dk, dv = (d.transpose(1, 2).unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))
-    return dq.transpose(1, 2), dk, dv
+    return dq.transpose(1, 2).contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,9 @@ def linear_cross_entropy_pass(
         p.scatter_add_(1, column, -1 / r[:, None])
         p, r = p.to(x.dtype), (torch.where(kept, r, 0) / count)[:, None]
         dx[rows] = r * (p @ weight)
-        dweight.addmm_(p.t(), (r * xs).to(p.dtype)) if p.dtype == dweight.dtype else dweight.add_(p.t() @ (r * xs).to(p.dtype))
+        dweight.addmm_(p.t(), (r * xs).to(p.dtype)) if p.dtype == dweight.dtype else dweight.add_(
+            p.t() @ (r * xs).to(p.dtype)
+        )
     return ce / count, z / count, dx, dweight.to(weight.dtype)
 
 

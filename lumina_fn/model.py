@@ -97,7 +97,12 @@ def mlp(p: Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
 
 
 def block(
-    p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend = causal, cache: KV | None = None
+    p: Block,
+    x: Float[Tensor, "B T D"],
+    angles: Tensor,
+    cfg: ModelConfig,
+    attend: Attend = causal,
+    cache: KV | None = None,
 ) -> tuple[Float[Tensor, "B T D"], KV | None]:
     norm = lambda gain, y: ops.rms_norm(y, gain, cfg.eps)
     if cfg.swin_norm:
@@ -139,7 +144,9 @@ def forward(
     return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
 
 
-def init(cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Params:
+def init(
+    cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Params:
     """Random parameters, normal with deviation 0.02; with device="meta", their shapes and dtypes only."""
     generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype) * 0.02

@@ -15,7 +15,9 @@ def _copies(params, grads, mu, nu, *rest):
 
 _adamw = define(
     f"adamw({_ARGS.format(p='', m='', n='')}) -> (Tensor[], Tensor[], Tensor[])",
-    fake=lambda params, grads, mu, nu, *rest: tuple([torch.empty_like(x) for x in leaves] for leaves in (params, mu, nu)),
+    fake=lambda params, grads, mu, nu, *rest: tuple(
+        [torch.empty_like(x) for x in leaves] for leaves in (params, mu, nu)
+    ),
     default=_copies,
 )
 _adamw_ = define(

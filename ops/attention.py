@@ -7,19 +7,21 @@ from ops.define import define, folded
 
 
 def _fake_fwd(q, k, v):
-    B, T, H, _ = q.shape
-    # The layouts are the kernel's own: heads first in memory.
-    return q.new_empty(B, H, T, v.shape[-1]).transpose(1, 2), reference.wide(q.new_empty(B, H, T)).transpose(1, 2)
+    return q.new_empty(q.shape), reference.wide(q.new_empty(q.shape[:3]))
 
 
 def _fake_bwd(dout, q, k, v, out, lse):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _FWD = "attention_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"
 _BWD = "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)"
-attention_fwd = define(_FWD, fake=_fake_fwd, batched=lambda *a: folded(attention_fwd)(*a), default=reference.attention_fwd)
-attention_bwd = define(_BWD, fake=_fake_bwd, batched=lambda *a: folded(attention_bwd)(*a), default=reference.attention_bwd)
+attention_fwd = define(
+    _FWD, fake=_fake_fwd, batched=lambda *a: folded(attention_fwd)(*a), default=reference.attention_fwd
+)
+attention_bwd = define(
+    _BWD, fake=_fake_bwd, batched=lambda *a: folded(attention_bwd)(*a), default=reference.attention_bwd
+)
 
 
 class _Attention(torch.autograd.Function):

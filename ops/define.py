@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def define(schema: str, *, fake: Callable[..., Any], batched: Callable[..., Any] | None = None, **devices: Callable[..., Any]):
+def define(
+    schema: str, *, fake: Callable[..., Any], batched: Callable[..., Any] | None = None, **devices: Callable[..., Any]
+):
     """Define `lumina::<schema>` and return it.
 
     `devices` maps a dispatch key to its implementation: `default` (any device), `PrivateUse1` (Ascend), ...
@@ -27,33 +29,25 @@ def define(schema: str, *, fake: Callable[..., Any], batched: Callable[..., Any]
     return getattr(torch.ops.lumina, name).default
 
 
-def vmapped(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule of an op whose reference is made of ops that have rules: vmap of the reference."""
-
-    def rule(info, in_dims, *args):
-        outputs = torch.vmap(reference, in_dims=in_dims)(*args)
-        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
-
-    return rule
-
-
 def folded(op: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule of an op that treats the rows of every tensor's first axis alike: fold the new axis into it."""
 
     def rule(info, in_dims, *args):
         n = info.batch_size
         spread = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
-        outputs = op(*(spread(x, d).flatten(0, 1) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
+        outputs = op(
+            *(spread(x, d).flatten(0, 1) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True))
+        )
         return tuple(y.unflatten(0, (n, -1)) for y in outputs), (0,) * len(outputs)
 
     return rule
 
 
 def looped(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule of an op too large to run for all items at once: one item after the other."""
+    """The vmap rule of any other op: one item after the other. (vmap of its reference inside a rule is refused by torch.)"""
 
     def rule(info, in_dims, *args):
-        pick = lambda i: (x.select(d, i) if d is not None else x for x, d in zip(args, in_dims, strict=True))
+        pick = lambda i: (x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
         items = [op(*pick(i)) for i in range(info.batch_size)]
         return tuple(map(torch.stack, zip(*items, strict=True))), (0,) * len(items[0])
 

@@ -1,0 +1,171 @@
+"""The loss, and one training step as a function of (state, batch)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from jaxtyping import Int
+from torch import Tensor
+from torch.func import grad_and_value, vjp
+from torch.nn import functional as F
+
+import ops
+from lumina_fn import optim
+from lumina_fn.config import ModelConfig
+from lumina_fn.model import Block, Head, Params, block, rope, trunk
+from lumina_fn.optim import AdamW
+from lumina_fn.transform import compiled_vjp, inductor, jit, remat
+from lumina_fn.vocab import IGNORE
+
+__all__ = ["AdamW", "Batch", "TrainState", "init_state", "loss", "make_train_step"]
+
+
+class Batch(NamedTuple):
+    tokens: Int[Tensor, "B T"]  # or [A B T]: A accumulated micro batches
+    labels: Int[Tensor, "B T"]  # IGNORE where a token is not predicted
+
+
+class TrainState(NamedTuple):
+    step: Int[Tensor, ""]  # steps taken, skipped ones included
+    params: Params  # the masters, float32 or wider
+    mu: Params
+    nu: Params
+    skipped: Int[Tensor, ""]  # steps whose loss or gradient was not finite
+    streak: Int[Tensor, ""]  # how many of those came last in a row
+
+
+def init_state(params: Params, opt: AdamW, mesh: None = None) -> TrainState:
+    """A state at step 0 over these parameters (not copied)."""
+    zeros = lambda: pytree.tree_map(torch.zeros_like, params)
+    zero = lambda: torch.zeros((), dtype=torch.int64, device=params.embed.device)
+    return TrainState(zero(), params, zeros(), zeros(), zero(), zero())
+
+
+def predicted(labels: Tensor, cfg: ModelConfig) -> Int[Tensor, ""]:
+    """How many tokens a batch predicts (at least 1, so that an empty one has loss 0)."""
+    return (labels[..., 1 : cfg.max_positions] != IGNORE).sum().clamp(min=1)
+
+
+def head_loss(p: Head, x: Tensor, labels: Tensor, cfg: ModelConfig, *, z_weight: float, count: Tensor):
+    """Loss, ce and z of the trunk's output x [B T D] against labels [B T]; the last position predicts nothing."""
+    target = F.pad(labels[:, 1 : x.shape[1]], (0, 1), value=IGNORE)
+    normed = ops.rms_norm(x, p.norm, cfg.eps).flatten(0, 1)
+    return ops.linear_cross_entropy(
+        normed, p.unembed, target.flatten(), count, z_weight=z_weight, masked=cfg.masked_ids
+    )
+
+
+def loss(
+    params: Params, batch: Batch, cfg: ModelConfig, *, z_weight: float = 1e-5, count: Tensor | int | None = None,
+    gather=lambda unit: unit, remat=lambda f: f,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Next-token cross-entropy + z_weight * z-loss, and both; sums over predicted tokens / count (None: this batch's own)."""
+    tokens, labels = batch
+    count = predicted(labels, cfg) if count is None else torch.as_tensor(count, device=labels.device)
+    x = trunk(params, tokens, cfg, gather=gather, remat=remat)
+    total, ce, z = head_loss(gather(params.head), x, labels, cfg, z_weight=z_weight, count=count)
+    return total, {"ce": ce, "z": z}
+
+
+# (params, batch, count) -> (gradients, (loss, metrics)): what the ways of making a step differ in.
+Gradients = Callable[[Params, Batch, Tensor], tuple[Params, tuple[Tensor, dict[str, Tensor]]]]
+
+
+def by_func(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, keep_inputs: bool) -> Gradients:
+    """Gradients by torch.func over the whole loss: eager, or the inside of a traced step."""
+    objective = partial(
+        loss, cfg=cfg, z_weight=z_weight, gather=cast(dtype), remat=remat if keep_inputs else lambda f: f
+    )
+    return lambda params, batch, count: grad_and_value(lambda p: objective(p, batch, count=count), has_aux=True)(params)
+
+
+def by_blocks(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, keep_inputs: bool) -> Gradients:
+    """Gradients by walking the blocks with one compiled (forward, backward) pair; compile time does not grow with depth."""
+    spec = pytree.tree_structure(_meta_block(cfg))
+    layer = lambda x, angles, *leaves: block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
+    forward, backward = compiled_vjp(layer, fixed=(1,), keep_inputs=keep_inputs)
+    to_compute = cast(dtype)
+
+    def gradients(params: Params, batch: Batch, count: Tensor):
+        tokens, labels = batch.tokens[:, : cfg.max_positions], batch.labels
+        x, pull_embed = vjp(lambda table: F.embedding(tokens, to_compute(table)), params.embed)
+        angles, kept = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg), []
+        for p in params.blocks:
+            x, saved = forward(x, angles, *pytree.tree_leaves(to_compute(p)))
+            kept.append(saved)
+        head = lambda p, x: head_loss(to_compute(p), x, labels, cfg, z_weight=z_weight, count=count)
+        total, pull_head, ce, z = _vjp_first(head, params.head, x)
+        d_head, dx = pull_head(torch.ones_like(total))
+        d_blocks: list[Block] = []
+        for p in reversed(params.blocks):
+            dx, *grads = backward(kept.pop(), dx)
+            masters = [g.to(leaf.dtype) for g, leaf in zip(grads, pytree.tree_leaves(p), strict=True)]
+            d_blocks.append(pytree.tree_unflatten(masters, spec))
+        (d_embed,) = pull_embed(dx)
+        return Params(d_embed, tuple(reversed(d_blocks)), d_head), (total, {"ce": ce, "z": z})
+
+    return gradients
+
+
+def make_train_step(
+    cfg: ModelConfig, opt: AdamW, mesh: None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
+    compile: str = "off", remat: bool = False, donate: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
+    """step(state, batch) -> (state, metrics): forward, backward, global-norm clip, AdamW.
+
+    A batch is [B T], or [A B T] for A micro batches whose gradients add up to those of the one big batch. Parameters
+    are cast to `dtype` for compute (None: as they are). `compile`: "off" eager, "blocks" a compiled pair walked by
+    hand, "step" the whole step traced and compiled. With donate=True the given state is written over.
+    A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
+    """
+    way = by_blocks if compile == "blocks" else by_func
+    gradients = way(cfg, z_weight=z_weight, dtype=dtype, keep_inputs=remat)
+
+    def step(state: TrainState, batch: Batch):
+        micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
+        count = predicted(batch.labels, cfg)
+        grads, (total, parts) = gradients(state.params, micro[0], count)
+        for more in micro[1:]:
+            g, (t, m) = gradients(state.params, more, count)
+            grads, total, parts = pytree.tree_map(torch.add, (grads, total, parts), (g, t, m))
+        norm, lr = optim.global_norm(grads), optim.rate(opt, state.step)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(total))
+        skipped = state.skipped + bad
+        count_updates = state.step + 1 - skipped
+        params, mu, nu = optim.update(
+            opt, count_updates, lr, norm, bad, state.params, grads, state.mu, state.nu, donate=donate
+        )
+        streak = (state.streak + 1) * bad
+        metrics = {
+            "loss": total,
+            **parts,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": count,
+            "skipped": skipped,
+            "streak": streak,
+        }
+        return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
+
+    return jit(step, inductor) if compile == "step" else step
+
+
+def cast(dtype: torch.dtype | None) -> Callable:
+    """A gather that makes a unit of parameters ready for compute in `dtype`."""
+    return (lambda unit: unit) if dtype is None else lambda unit: pytree.tree_map(lambda x: x.to(dtype), unit)
+
+
+def _vjp_first(fn, *primals):
+    """vjp through the first of fn's outputs; the others come along: (first, pull, *others)."""
+    first, pull, others = vjp(lambda *xs: ((out := fn(*xs))[0], out[1:]), *primals, has_aux=True)
+    return first, pull, *others
+
+
+def _meta_block(cfg: ModelConfig) -> Block:
+    from dataclasses import replace
+
+    from lumina_fn.model import init
+
+    return init(replace(cfg, layers=1, vocab=1), device="meta").blocks[0]
