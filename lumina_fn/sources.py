@@ -163,7 +163,7 @@ def _open_ckpt(file: Path) -> Source:
 
 
 def _ignored(keys: list[str]) -> list[str]:
-    return [f"ignored: {printable(key)}" for key in keys]
+    return [f"ignored {len(keys)} entries: {printable(', '.join(keys))}"] if keys else []
 
 
 def _matched(

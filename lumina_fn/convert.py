@@ -1,0 +1,110 @@
+"""Convert a model between a native folder, a Hugging Face folder and a MindSpeed release folder, bit by bit, in either direction.
+
+    python -m lumina_fn.convert SRC DST --to native|hf|mindspeed [--overwrite]
+
+SRC's kind is detected; a MoVQGAN .ckpt (or a folder with one) converts to native. Bytes go from file to file a chunk at a time,
+so memory does not grow with the model.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lumina_fn import checkpoint, errors, files, hf_config, names, sources, tensor_files, torch_zip
+from lumina_fn.config import ModelConfig
+from lumina_fn.errors import InputError, printable
+
+Report = Callable[[int], None]  # is told the bytes written
+Write = Callable[[Path, sources.Source, Report], None]
+
+
+def write_native(folder: Path, source: sources.Source, report: Report) -> None:
+    checkpoint.write_native(folder, source.cfg, source.tensors, source.config, source.companions, report)
+
+
+def write_hf(folder: Path, source: sources.Source, report: Report) -> None:
+    """What transformers loads; config.json comes last, so that an unfinished folder never loads."""
+    tensor_files.write_shards(folder, _renamed(source), report)
+    _write_config(folder, source)
+
+
+def write_mindspeed(folder: Path, source: sources.Source, report: Report) -> None:
+    """What MindSpeed-MM loads, with the Hugging Face config and the tokenizer beside it; the iteration file comes last."""
+    file = folder / sources.RELEASE
+    file.parent.mkdir(parents=True)
+    torch_zip.write(file, "model", _renamed(source), report)
+    _write_config(folder, source)
+    (folder / sources.ITERATION).write_text("release")  # without a newline: their loader compares unstripped
+
+
+def _renamed(source: sources.Source) -> dict[str, tensor_files.Stored]:
+    if not isinstance(source.cfg, ModelConfig):
+        raise InputError(f"a MoVQGAN ({source.what}) converts to native only: use --to native")
+    return {names.to_source(path, names.TRANSFORMER): tensor for path, tensor in source.tensors.items()}
+
+
+def _write_config(folder: Path, source: sources.Source) -> None:
+    checkpoint.copy_companions(folder, source.companions)
+    checkpoint.write_json(folder / "config.json", hf_config.write(source.cfg, source.config))
+
+
+WRITERS: dict[str, Write] = {"native": write_native, "hf": write_hf, "mindspeed": write_mindspeed}
+
+
+def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool = False) -> sources.Source:
+    """Write what lies at `src` to the new folder `dst`; InputError, and nothing written, where that cannot be done whole."""
+    source = sources.open_source(src)
+    total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
+    _check_place(Path(src).resolve(), Path(dst).resolve(), total)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
+        with files.new_folder(dst, overwrite) as folder, bar:
+            task = bar.add_task("", total=total)
+            write(folder, source, lambda n: bar.advance(task, n))
+    except OSError as error:
+        raise InputError(f"converting {src} to {dst} failed: {error.strerror}; nothing was written") from error
+    return source
+
+
+def _check_place(src: Path, dst: Path, total: int) -> None:
+    if src.is_relative_to(dst):
+        raise InputError(f"{dst} holds the source {src}: give another place")
+    parent = next(p for p in dst.parents if p.exists())
+    if (free := shutil.disk_usage(parent).free) < total:
+        raise InputError(
+            f"{dst}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: give a place on a larger disk"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None) -> int:
+    parser = _Parser(prog="python -m lumina_fn.convert", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "src", metavar="SRC", help="a native, Hugging Face or MindSpeed release folder, or a MoVQGAN .ckpt"
+    )
+    parser.add_argument("dst", metavar="DST", help="the new folder")
+    parser.add_argument("--to", required=True, choices=WRITERS, help="what DST becomes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    args = parser.parse_args(argv)
+    source = convert(args.src, args.dst, WRITERS[args.to], overwrite=args.overwrite)
+    for remark in source.remarks:
+        print(remark)
+    total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
+    print(
+        printable(f"{args.dst}: {len(source.tensors)} tensors, {total / 1e6:.1f} MB, from {source.what} to {args.to}")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
