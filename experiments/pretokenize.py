@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
             )
         origin = data.Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
-        encode = encoder(vq_params, vq_cfg, _device(run.device))
+        encode = encoder(vq_params, vq_cfg, settings.device(run.device))
         roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
         results = features(rows, lambda i, row: prepare(i, row, roots, tokenizer, run), encode, tokenizer, run.batch)
         rejected: list[Rejected] = []
@@ -175,15 +175,6 @@ def _check(run: Settings, tokenizer: Tokenizer) -> None:
         raise InputError(f"--seed {run.seed}: expected 0 or more")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

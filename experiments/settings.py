@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from lumina_fn.errors import InputError
 
 S = TypeVar("S")
@@ -46,3 +48,13 @@ def _values(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; `auto` is an accelerator if there is one, else the CPU. Raises InputError."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here: {str(error).splitlines()[0]}") from error

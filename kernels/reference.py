@@ -65,17 +65,17 @@ def linear_cross_entropy_pass(
     N, V = x.shape[0], weight.shape[0]
     ce, z = (torch.zeros((), dtype=wide(x[:0]).dtype, device=x.device) for _ in range(2))
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=ce.dtype)
-    logits = x.new_empty(min(CHUNK, N), V)
+    buffer = x.new_empty(min(CHUNK, N), V)
     masked_ids = torch.tensor(masked, device=x.device, dtype=torch.int64)
     for start in range(0, N, CHUNK):
         rows = slice(start, min(start + CHUNK, N))
         xs, kept = x[rows], target[rows] >= 0
         column = target[rows].clamp(min=0)[:, None]
-        l = wide(torch.mm(xs, weight.t(), out=logits[: len(xs)]))
+        logits = wide(torch.mm(xs, weight.t(), out=buffer[: len(xs)]))
         if masked:
-            l.index_fill_(1, masked_ids, torch.finfo(torch.float32).min)
-        hit, top = l.gather(1, column)[:, 0], l.amax(1)
-        p = torch.softmax(l, 1, out=l)
+            logits.index_fill_(1, masked_ids, torch.finfo(torch.float32).min)
+        hit, top = logits.gather(1, column)[:, 0], logits.amax(1)
+        p = torch.softmax(logits, 1, out=logits)
         lse = top - p.amax(1).log()  # the largest probability is 1 / sum(exp(l - top))
         ce += torch.where(kept, lse - hit, 0).sum()
         z += torch.where(kept, lse * lse, 0).sum()

@@ -31,6 +31,11 @@ def load_model(
     return _load(source, model.init(source.cfg, device="meta"), device, dtype), source.cfg
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that a model's folder stores its first tensor in."""
+    return next(iter(sources.open_source(path).tensors.values())).dtype
+
+
 def load_vq(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[vq.Params, VQConfig]:

@@ -1,6 +1,7 @@
 """The loss, and one training step as a function of (state, batch)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 import ops
 from lumina_fn import optim
 from lumina_fn.config import ModelConfig
-from lumina_fn.model import Block, Head, Params, block, rope, trunk
+from lumina_fn.model import Block, Head, Params, block, init, rope, trunk
 from lumina_fn.optim import AdamW
 from lumina_fn.transform import compiled_vjp, inductor, jit, remat
 from lumina_fn.vocab import IGNORE
@@ -83,7 +84,7 @@ def by_func(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, kee
 
 def by_blocks(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, keep_inputs: bool) -> Gradients:
     """Gradients by walking the blocks with one compiled (forward, backward) pair; compile time does not grow with depth."""
-    spec = pytree.tree_structure(_meta_block(cfg))
+    spec = pytree.tree_structure(init(replace(cfg, layers=1), device="meta").blocks[0])
     layer = lambda x, angles, *leaves: block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
     forward, backward = compiled_vjp(layer, fixed=(1,), keep_inputs=keep_inputs)
     to_compute = cast(dtype)
@@ -161,11 +162,3 @@ def _vjp_first(fn, *primals):
     """vjp through the first of fn's outputs; the others come along: (first, pull, *others)."""
     first, pull, others = vjp(lambda *xs: ((out := fn(*xs))[0], out[1:]), *primals, has_aux=True)
     return first, pull, *others
-
-
-def _meta_block(cfg: ModelConfig) -> Block:
-    from dataclasses import replace
-
-    from lumina_fn.model import init
-
-    return init(replace(cfg, layers=1, vocab=1), device="meta").blocks[0]

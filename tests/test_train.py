@@ -72,7 +72,7 @@ def test_three_steps_are_the_references(name, tmp_path):
 
 def test_truncation_is_the_references(tmp_path):
     """A raw item longer than the context counts as its first max_positions tokens."""
-    params, cfg, facts, want = goldens.load("t5_trunc", tmp_path)
+    params, cfg, facts, _ = goldens.load("t5_trunc", tmp_path)
     width = max(facts["raw_lengths"])
     pad = lambda rows, fill: torch.tensor([row + [fill] * (width - len(row)) for row in rows])
     data = train.Batch(pad(facts["raw_input_ids"], 0), pad(facts["raw_labels"], -100))
@@ -170,9 +170,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(donate):
 
 def test_bfloat16_compute_keeps_float32_masters():
     state, metrics = run(2, batch(2, 19), dtype=torch.float32)
-    settings = {"dtype": torch.float32}
     got = train.init_state(model.init(TINY), OPT)
-    step = train.make_train_step(TINY, OPT, z_weight=0.01, **{**settings, "dtype": torch.bfloat16})
+    step = train.make_train_step(TINY, OPT, z_weight=0.01, dtype=torch.bfloat16)
     for _ in range(2):
         got, m = step(got, batch(2, 19))
     assert all(leaf.dtype == torch.float32 for leaf in pytree.tree_leaves(got.params))
@@ -194,5 +193,5 @@ def test_schedules():
     assert [at(warm, s) for s in (0, 1, 3, 4, 100)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     fall = optim.cosine(2.0, warmup=2, steps=12)
     assert [round(at(fall, s), 6) for s in (0, 2, 7, 12, 50)] == [1.0, 2.0, 1.0, 0.0, 0.0]
-    state, metrics = run(3, batch(2, 19), opt=OPT._replace(lr=lambda step: 0.1 * (step + 1)))
+    _, metrics = run(3, batch(2, 19), opt=OPT._replace(lr=lambda step: 0.1 * (step + 1)))
     assert float(metrics["lr"]) == pytest.approx(0.3)
