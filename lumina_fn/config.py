@@ -18,7 +18,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     swin_norm: bool = False  # x + norm(f(x)) instead of x + f(norm(x))
     masked_ids: tuple[int, ...] = ()  # ids whose logits are set to the least float32 (`mask_image_logits`)
-    ids: Ids | None = None  # read from the folder's config or tokenizer; without them a model runs but cannot be sampled
+    ids: Ids | None = None  # read from the model's folder; without them it runs but cannot be sampled
 
     @property
     def head_width(self) -> int:  # K

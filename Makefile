@@ -1,0 +1,41 @@
+# `make setup` makes .venv and installs into it; every other target calls it first.
+
+# A wheel index to prefer for PyTorch, for instance https://download.pytorch.org/whl/cpu. Empty: pip's own configuration.
+TORCH_INDEX ?=
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+BIN := .venv/bin
+# Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: setup demo test test-fast lint bench npu-check
+.DEFAULT_GOAL := setup
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python from 3.11 to 3.13 found: install one, or name it, make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'torch==2.13.*' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m experiments.demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m experiments.bench_convert
+
+npu-check: setup
+	$(BIN)/python -m experiments.npu_check
