@@ -60,15 +60,15 @@ def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool =
     """Write what lies at `src` to the new folder `dst`; InputError, and nothing written, where that cannot be done whole."""
     source = sources.open_source(src)
     total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
-    _check_place(Path(src).resolve(), Path(dst).resolve(), total)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     try:
+        _check_place(Path(src).resolve(), Path(dst).resolve(), total)
         with files.new_folder(dst, overwrite) as folder, bar:
             task = bar.add_task("", total=total)
             write(folder, source, lambda n: bar.advance(task, n))
     except OSError as error:
-        raise InputError(f"converting {src} to {dst} failed: {error.strerror}; nothing was written") from error
+        raise InputError(f"converting {src} to {dst} failed: {error.strerror or error}; nothing was written") from error
     return source
 
 

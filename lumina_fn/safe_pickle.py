@@ -9,8 +9,9 @@ import pickletools
 import struct
 from typing import NamedTuple
 
-MAX_BYTES = 32 << 20
+MAX_BYTES = 8 << 20  # a 7.88B model's takes 50 KB
 MAX_OPS = 2_000_000  # a state dict needs about 40 for each tensor
+MAX_RANK = 8
 
 
 class StorageRef(NamedTuple):
@@ -198,8 +199,8 @@ def _tensor(args: tuple) -> TensorRef | Inert:
     if len(args) < 4 or type(args[0]) is not StorageRef:
         return Inert("a tensor without a storage")
     storage, offset, shape, stride = args[:4]
-    if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride):
-        raise ValueError("a tensor's shape and strides do not match")
+    if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_RANK:
+        raise ValueError(f"a tensor's shape and strides do not match, or have more than {MAX_RANK} axes")
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (offset, *shape, *stride)):
         raise ValueError("a tensor's sizes are not whole numbers")
     return TensorRef(storage, offset, shape, stride)

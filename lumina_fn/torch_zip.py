@@ -4,7 +4,9 @@ import collections
 import io
 import math
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,6 @@ from lumina_fn.errors import InputError
 from lumina_fn.tensor_files import Stored, chunks, size_of
 
 ALIGN = 64  # bytes, as torch does
-MAX_DIRECTORY = 8 << 20  # bytes of the zip's list of members; a 7.88B model's takes 40 KB
 _KINDS = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
@@ -27,10 +28,12 @@ _CLASSES = {dtype: getattr(torch, name) for name, dtype in _KINDS.items()}
 
 
 class _Bounded(io.FileIO):
+    """Refuses the one large read there could be, of an endless list of members."""
+
     def read(self, size: int = -1) -> bytes:
-        if size > MAX_DIRECTORY:
+        if size > safe_pickle.MAX_BYTES:
             raise zipfile.BadZipFile(f"it asks for {size} bytes at once")
-        return super().read(MAX_DIRECTORY if size < 0 else size)
+        return super().read(safe_pickle.MAX_BYTES if size < 0 else size)
 
 
 def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
@@ -41,12 +44,17 @@ def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
     """
     try:
         with _Bounded(path, "r") as file, zipfile.ZipFile(file) as archive:
-            members, root = _contents(archive)
+            members = _members(archive)
+            root = safe_pickle.loads(_bytes(file, members["data.pkl"]))
+            if "byteorder" in members and _bytes(file, members["byteorder"]) != b"little":
+                raise ValueError("its numbers are not little endian")
+            if not isinstance(root, dict):
+                raise ValueError("it holds no dict of tensors")
             entries = next((root[k] for k in keys if isinstance(root.get(k), dict)), root)
             refs = {name: ref for name, ref in entries.items() if type(ref) is safe_pickle.TensorRef}
             located = {}
             found = {name: _stored(path, file, members, located, ref) for name, ref in refs.items()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error) as error:
         old = "; files of torch < 1.6 must be saved again by a current torch"
         raise InputError(f"{path} cannot be read as a torch file ({error}): it is damaged, or not one{old}") from error
     if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice: weights may be tied
@@ -54,8 +62,8 @@ def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
     return found, [name for name in entries if name not in refs]
 
 
-def _contents(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], dict]:
-    """The members by their name below the archive's one folder, and the pickled dict."""
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members by their name below the archive's one folder."""
     infos = archive.infolist()
     pickles = [i.filename for i in infos if i.filename.endswith("/data.pkl") and i.filename.count("/") == 1]
     if len(pickles) != 1:
@@ -67,18 +75,15 @@ def _contents(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], dic
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise zipfile.BadZipFile(f"{info.filename} is compressed or encrypted, torch's files are not")
-    if members["data.pkl"].file_size > safe_pickle.MAX_BYTES:
-        raise zipfile.BadZipFile(f"its pickle has more than {safe_pickle.MAX_BYTES} bytes")
-    if (
-        "byteorder" in members
-        and members["byteorder"].file_size < 16
-        and archive.read(members["byteorder"]) != b"little"
-    ):
-        raise zipfile.BadZipFile("its numbers are not little endian")
-    root = safe_pickle.loads(archive.read(members["data.pkl"]))
-    if not isinstance(root, dict):
-        raise ValueError("it holds no dict of tensors")
-    return members, root
+    return members
+
+
+def _bytes(file: _Bounded, info: zipfile.ZipInfo) -> bytes:
+    file.seek(_data_offset(file, info))
+    data = file.read(info.file_size)
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise zipfile.BadZipFile(f"{info.filename} is damaged")
+    return data
 
 
 def _stored(
@@ -113,12 +118,13 @@ def _row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _data_offset(file: _Bounded, info: zipfile.ZipInfo) -> int:
-    file.seek(info.header_offset)
+    end = file.seek(0, io.SEEK_END)
+    file.seek(min(max(info.header_offset, 0), end))
     header = file.read(30)
     if len(header) != 30 or header[:4] != b"PK\3\4":
         raise zipfile.BadZipFile(f"{info.filename} has no header")
     begin = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    if begin + info.file_size > file.seek(0, io.SEEK_END):
+    if begin + info.file_size > end:
         raise zipfile.BadZipFile(f"{info.filename} is truncated")
     return begin
 
