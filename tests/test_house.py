@@ -1,0 +1,92 @@
+"""The rules of the house that a machine can check: floors, one place for the device, nothing run from a file, silence below."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("kernels", "ops", "lumina_fn", "experiments")  # each imports only floors before it
+FILES = [path.relative_to(ROOT) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+LINES = 300  # of a file that is read in one sitting
+DEVICE = Path("kernels/ascend.py")
+# Where argv is read and lines are printed, below experiments: three mains, and what turns an error into an exit code.
+MAINS = {Path(p) for p in ("lumina_fn/convert.py", "lumina_fn/export.py", "kernels/bench.py", "lumina_fn/errors.py")}
+TALK = {"print", "input", "sys.argv", "os.environ", "os.getenv", "sys.stdout", "argparse"}
+UNSAFE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "eval", "exec"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def named(tree: ast.AST) -> set[str]:
+    """Every name and dotted name in use, and everything imported."""
+    return {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)} | set(imports(tree))
+
+
+def faults(path: Path, source: str) -> list[str]:
+    """What is wrong with a file of the house."""
+    tree, floor = ast.parse(source), FLOORS.index(path.parts[0])
+    used, found = named(tree), []
+    for module in {m.split(".")[0] for m in imports(tree)}:
+        if module in FLOORS[floor + 1 :]:
+            found.append(f"imports {module}, a floor above")
+        if module == "tests" or (module == "torch_npu" and path != DEVICE):
+            found.append(f"imports {module}")
+    found += [f"{name} runs what a file says" for name in used & UNSAFE]
+    if floor < FLOORS.index("experiments") and path not in MAINS:
+        found += [f"{name} below experiments" for name in used & TALK]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append("a bare except")
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False:
+            found += [f"{node.arg}=False"] * (node.arg == "weights_only")
+        if isinstance(node, ast.Global):
+            found.append("a global that changes")
+    if source.count("\n") > LINES:
+        found.append(f"{source.count(chr(10))} lines, more than {LINES}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_file_keeps_the_rules(path):
+    assert faults(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "fault"),
+    [
+        ("kernels/a.py", "import ops", "imports ops, a floor above"),
+        ("ops/a.py", "from lumina_fn.model import init", "imports lumina_fn, a floor above"),
+        ("lumina_fn/a.py", "def f():\n    from experiments import demo", "imports experiments, a floor above"),
+        ("ops/a.py", "import torch_npu", "imports torch_npu"),
+        ("experiments/a.py", "from tests import folders", "imports tests"),
+        ("lumina_fn/a.py", "import pickle\npickle.loads(b'')", "pickle.loads runs what a file says"),
+        ("experiments/a.py", "from pickle import load", "pickle.load runs what a file says"),
+        ("experiments/a.py", "torch.load(p, weights_only=False)", "weights_only=False"),
+        ("lumina_fn/a.py", "print(1)", "print below experiments"),
+        ("ops/a.py", "import os\nx = os.environ['A']", "os.environ below experiments"),
+        ("kernels/a.py", "from sys import argv", "sys.argv below experiments"),
+        ("lumina_fn/a.py", "try:\n    f()\nexcept:\n    pass", "a bare except"),
+        ("experiments/a.py", "def f():\n    global x", "a global that changes"),
+        ("experiments/a.py", "x = 1\n" * 301, "301 lines, more than 300"),
+    ],
+)
+def test_rule_catches(path, source, fault):
+    assert faults(Path(path), source) == [fault]
+
+
+@pytest.mark.parametrize("path", ["lumina_fn/convert.py", "experiments/a.py", "kernels/bench.py"])
+def test_mains_may_talk(path):
+    assert faults(Path(path), "import sys\nprint(sys.argv)") == []
+
+
+def test_ascend_may_import_its_device():
+    assert faults(DEVICE, "import torch_npu") == []
