@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     features = data.FeatureSet(run.features)
     masters = torch.float64 if compute == torch.float64 else torch.float32
     params, cfg = checkpoint.load_model(run.model, device, masters)
+    cfg = replace(cfg, masked_ids=())  # fine-tuning leaves mask_image_logits off: pictures are what it predicts
     _check_features(run, features, cfg)
     with run_folder(run.out, run.overwrite):
         state = finetune(run, params, cfg, features, device, compute)

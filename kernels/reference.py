@@ -93,8 +93,9 @@ def adamw_(
     params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, lr: Tensor, scale: Tensor,
     skip: Tensor, b1: float, b2: float, eps: float, decay: float,
 ) -> None:  # fmt: skip
-    """AdamW's `count`-th update in place, with gradients scale * grads, unless skip is 1.0."""
+    """AdamW's `count`-th update in place, with gradients scale * grads (in place too), unless skip is 1.0."""
+    torch._foreach_mul_(grads, scale)
     torch._fused_adamw_(
-        params, [scale.to(g.dtype) * g for g in grads], mu, nu, [], [count.float() for _ in params],
+        params, grads, mu, nu, [], [count.float() for _ in params],
         lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip.float(),
     )  # fmt: skip

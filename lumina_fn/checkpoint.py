@@ -62,6 +62,8 @@ def save_model(
 ) -> None:
     """A native folder, written atomically; the tokenizer's files and the Hugging Face config come from the folder `source`."""
     config, companions = (None, {}) if source is None else sources.heritage(source)
+    if config is not None and not cfg.masked_ids and config.get("mask_image_logits", True):
+        config = {**config, "mask_image_logits": False}  # absent would mean True
     tensors = _checked(params, model.init(cfg, device="meta"))
     with files.new_folder(path, overwrite) as folder:
         write_native(folder, cfg, tensors, config, companions)

@@ -37,14 +37,14 @@ def cosine(lr: float, warmup: int, steps: int) -> Schedule:
     return lambda step: lr * _rise(step, warmup) * fall(step)
 
 
-def _rise(step: Tensor, warmup: int) -> Tensor:
-    return ((step + 1) / max(warmup, 1)).clamp(max=1)
+def _rise(step: Tensor, warmup: int) -> Tensor | float:
+    return ((step + 1) / warmup).clamp(max=1) if warmup else 1.0
 
 
-def rate(opt: AdamW, step: Tensor) -> Float[Tensor, ""]:
-    """The learning rate of a step, on the step's device."""
+def rate(opt: AdamW, step: Tensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, ""]:
+    """The learning rate of a step (counted from 0), on the step's device."""
     lr = opt.lr(step) if callable(opt.lr) else opt.lr
-    return torch.as_tensor(lr, dtype=torch.float32, device=step.device)
+    return torch.as_tensor(lr, dtype=dtype, device=step.device)
 
 
 def global_norm(grads) -> Float[Tensor, ""]:

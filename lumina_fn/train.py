@@ -130,8 +130,8 @@ def make_train_step(
         grads, (total, parts) = gradients(state.params, micro[0], count)
         for more in micro[1:]:
             g, (t, m) = gradients(state.params, more, count)
-            grads, total, parts = pytree.tree_map(torch.add, (grads, total, parts), (g, t, m))
-        norm, lr = optim.global_norm(grads), optim.rate(opt, state.step)
+            pytree.tree_map(lambda sum_, x: sum_.add_(x), (grads, total, parts), (g, t, m))
+        norm, lr = optim.global_norm(grads), optim.rate(opt, state.step, total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
         skipped = state.skipped + bad
         count_updates = state.step + 1 - skipped
@@ -139,15 +139,8 @@ def make_train_step(
             opt, count_updates, lr, norm, bad, state.params, grads, state.mu, state.nu, donate=donate
         )
         streak = (state.streak + 1) * bad
-        metrics = {
-            "loss": total,
-            **parts,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": count,
-            "skipped": skipped,
-            "streak": streak,
-        }
+        metrics = {"loss": total, **parts, "grad_norm": norm, "lr": lr, "tokens": count}
+        metrics |= {"skipped": skipped, "streak": streak}
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
     return jit(step, inductor) if compile == "step" else step

@@ -4,24 +4,24 @@ from torch import Tensor
 from kernels import reference
 from ops.define import define
 
-_ARGS = "Tensor{p}[] params, Tensor[] grads, Tensor{m}[] mu, Tensor{n}[] nu, Tensor count, Tensor lr, Tensor scale, Tensor skip, float b1, float b2, float eps, float decay"
+_ARGS = "Tensor{p}[] params, Tensor{g}[] grads, Tensor{m}[] mu, Tensor{n}[] nu, Tensor count, Tensor lr, Tensor scale, Tensor skip, float b1, float b2, float eps, float decay"
 
 
 def _copies(params, grads, mu, nu, *rest):
-    fresh = [[torch.clone(x) for x in leaves] for leaves in (params, mu, nu)]
-    reference.adamw_(fresh[0], grads, fresh[1], fresh[2], *rest)
-    return tuple(fresh)
+    params, grads, mu, nu = ([torch.clone(x) for x in leaves] for leaves in (params, grads, mu, nu))
+    reference.adamw_(params, grads, mu, nu, *rest)
+    return params, mu, nu
 
 
 _adamw = define(
-    f"adamw({_ARGS.format(p='', m='', n='')}) -> (Tensor[], Tensor[], Tensor[])",
+    f"adamw({_ARGS.format(p='', g='', m='', n='')}) -> (Tensor[], Tensor[], Tensor[])",
     fake=lambda params, grads, mu, nu, *rest: tuple(
         [torch.empty_like(x) for x in leaves] for leaves in (params, mu, nu)
     ),
     default=_copies,
 )
 _adamw_ = define(
-    f"adamw_({_ARGS.format(p='(a!)', m='(b!)', n='(c!)')}) -> ()",
+    f"adamw_({_ARGS.format(p='(a!)', g='(b!)', m='(c!)', n='(d!)')}) -> ()",
     fake=lambda *args: None,
     default=reference.adamw_,
 )
@@ -35,8 +35,8 @@ def adamw(
 ) -> tuple[Leaves, Leaves, Leaves]:  # fmt: skip
     """AdamW's `count`-th update of every leaf with gradients scale * grads; new params, mu and nu.
 
-    Decay is decoupled and reaches every leaf. Where `skip` is 1.0 nothing changes. With donate=True the given params,
-    mu and nu are written over and returned.
+    Decay is decoupled and reaches every leaf. Where `skip` is 1.0 nothing changes. With donate=True all four
+    trees are written over: params, mu and nu with the new ones, grads with anything.
     """
     args = (params, grads, mu, nu, count, lr, scale, skip, b1, b2, eps, decay)
     if donate:

@@ -1,0 +1,227 @@
+"""The command: features and a model in, a folder that samples and converts out; and what it says to bad input."""
+
+import fcntl
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import load_file
+
+from experiments import finetune
+from experiments.demo import tokenizer as small_tokenizer
+from lumina_fn import checkpoint, convert, data, errors, model, prompt, train
+from lumina_fn.config import ModelConfig
+
+CODES = 16
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    """A tokenizer's folder and its ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    built, ids = small_tokenizer.build(CODES)
+    small_tokenizer.save(folder, built)
+    (folder / "config.json").write_text(json.dumps({"ids": vars(ids)}))
+    return folder, ids
+
+
+@pytest.fixture(scope="session")
+def lm(tokens, tmp_path_factory):
+    folder, ids = tokens
+    cfg = ModelConfig(
+        vocab=ids.code0 + CODES, width=16, layers=2, heads=2, kv_heads=1, hidden=24, max_positions=160, ids=ids
+    )
+    path = tmp_path_factory.mktemp("lm") / "lm"
+    checkpoint.save_model(path, model.init(cfg), cfg, source=folder)
+    return path
+
+
+def write(folder, tokens, count=7, **changes):
+    known = prompt.load_tokenizer(tokens[0])
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, CODES, (8, 4 + 4 * (i % 2))) for i in range(count)]
+    features = [data.Feature(i, data.text_ids(known, f"picture {i}", c, True), c) for i, c in enumerate(codes)]
+    origin = data.Origin(64, 0, tokens[1], known.fingerprint, "vq")
+    folder.mkdir()
+    data.write_features(folder, features, replace(origin, **changes))
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, lm, tokens, monkeypatch, capsys):
+    """Run the command in this process: exit code and the lines on stderr."""
+    features = write(tmp_path / "features", tokens)
+
+    def call(*flags, out=tmp_path / "run", features=features, model=lm):
+        argv = ["--model", model, "--features", features, "--out", out, "--compile", "off", "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", ["finetune", *map(str, argv)])
+        with pytest.raises(SystemExit) as ended:
+            errors.run(finetune.main)
+        return ended.value.code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+def test_a_run_leaves_metrics_and_a_model(call, tmp_path, lm):
+    code, _ = call("--steps", 25, "--batch", 4, "--micro-batch", 2, "--log-every", 10, "--lr", 1e-2)
+    assert code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert {"step", "loss", "ce", "z", "grad_norm", "lr", "tokens_per_second"} <= rows[0].keys()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    tuned, cfg = checkpoint.load_model(tmp_path / "run" / "model")
+    before, _ = checkpoint.load_model(lm)
+    assert cfg.ids is not None
+    assert all((a != b).any() for a, b in zip(pytree.tree_leaves(tuned), pytree.tree_leaves(before), strict=True))
+    prompt.load_tokenizer(tmp_path / "run" / "model")
+    convert.main([str(tmp_path / "run" / "model"), str(tmp_path / "hf"), "--to", "hf"])
+    again, _ = checkpoint.load_model(tmp_path / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(tuned), pytree.tree_leaves(again), strict=True))
+
+
+def test_the_loop_is_the_step(call, tmp_path, lm, tokens):
+    """The command's model is what make_train_step gives on the same items in one big batch."""
+    call("--steps", 1, "--batch", 7, "--micro-batch", 2, "--caption-drop", 0, "--lr", 1e-2, "--dtype", "float64")
+    features = data.FeatureSet(tmp_path / "features")
+    params, cfg = checkpoint.load_model(lm, dtype=torch.float64)
+    opt = train.AdamW(lr=1e-2)
+    batch = data.batch([features[i] for i in range(7)], max_positions=cfg.max_positions)
+    state, metrics = train.make_train_step(cfg, opt)(train.init_state(params, opt), batch)
+    tuned, _ = checkpoint.load_model(tmp_path / "run" / "model", dtype=torch.float64)
+    for a, b in zip(pytree.tree_leaves(tuned), pytree.tree_leaves(state.params), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)  # saved as float32
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx(float(metrics["loss"]), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--remat"], pytest.param(["--compile", "blocks"], marks=pytest.mark.slow)], ids=str
+)
+def test_same_seed_same_model(call, tmp_path, flags):
+    settings = ["--steps", 3, "--batch", 4, "--lr", 1e-2, "--caption-drop", 0.5]
+    call(*settings, *flags, out=tmp_path / "a")
+    call(*settings, out=tmp_path / "b")
+    call(*settings, "--seed", 1, out=tmp_path / "c")
+    a, b, c = (load_file(tmp_path / run / "model" / "model.safetensors") for run in "abc")
+    assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+    assert any((a[key] - c[key]).abs().max() > 1e-4 for key in a)
+
+
+def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path):
+    code, (*_, line) = call("--steps", 100, "--lr", 1e38, "--log-every", 10)
+    assert code == 1
+    assert "no finite loss" in line
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1  # noticed at the first log interval
+    assert json.loads(rows[0])["loss"] is None
+    assert not (tmp_path / "run" / "model").exists()
+    checkpoint.load_model(tmp_path / "run" / "last_good")
+
+
+def test_image_logits_are_unmasked_for_training(call, tmp_path, lm):
+    """A model folder that masks image logits (the default of a Hugging Face config) is trained, and saved, without."""
+    masking = tmp_path / "masking"
+    params, cfg = checkpoint.load_model(lm)
+    checkpoint.save_model(masking, params, replace(cfg, masked_ids=tuple(range(cfg.ids.code0, cfg.vocab))), source=lm)
+    assert call("--steps", 1, model=masking)[0] == 0
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] < 100
+    assert checkpoint.load_model(tmp_path / "run" / "model")[1].masked_ids == ()
+
+
+BAD_FLAGS = [
+    (["--steps", "0"], "--steps"), (["--batch", "0"], "--batch"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
+    (["--caption-drop", "2"], "--caption-drop"), (["--schedule", "step"], "--schedule"), (["--device", "abacus"], "abacus"),
+    (["--steps", "many"], "--steps"), (["--colour", "red"], "--colour"), (["--last", "drop", "--batch", "8"], "--batch 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD_FLAGS, ids=str)
+def test_bad_flags(call, tmp_path, flags, named):
+    code, lines = call(*flags)
+    assert code == 2
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_touched(call, tmp_path):
+    settings = ["--steps", 1]
+    call(*settings)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, (line,) = call(*settings)
+    assert code == 2
+    assert "--overwrite" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert call(*settings, "--overwrite")[0] == 0
+
+
+def test_a_folder_of_something_else_is_never_removed(call, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    code, (line,) = call("--steps", 1, "--overwrite")
+    assert code == 2
+    assert "thesis.txt" in line
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_second_writer_is_told_who_is_first(call, tmp_path):
+    with (tmp_path / ".run.lock").open("w") as file:
+        file.write("4242")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, (line,) = call("--steps", 1)
+    assert code == 2
+    assert "4242" in line
+
+
+def test_features_of_another_model(call, tmp_path, tokens):
+    larger = replace(tokens[1], code0=tokens[1].code0 + 1)
+    code, (line,) = call(features=write(tmp_path / "larger", tokens, ids=larger))
+    assert code == 2
+    assert f"id {larger.code0 + CODES - 1}" in line
+    code, (line,) = call(features=write(tmp_path / "other", tokens, tokenizer="abcdef"))
+    assert code == 2
+    assert "tokenizer abcdef" in line
+
+
+def test_features_that_are_not_there(call, tmp_path, tokens):
+    empty = write(tmp_path / "empty", tokens, count=0)
+    damaged = write(tmp_path / "damaged", tokens)
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    for folder in (empty, damaged, tmp_path, tmp_path / "nowhere"):
+        code, lines = call(features=folder)
+        assert code == 2
+        assert len(lines) == 1
+        assert str(folder) in lines[0]
+
+
+def test_a_model_that_is_none(call, tmp_path, lm):
+    (tmp_path / "truncated").mkdir()
+    for path in lm.iterdir():
+        content = path.read_bytes()
+        (tmp_path / "truncated" / path.name).write_bytes(content[:-9] if path.suffix == ".safetensors" else content)
+    for folder in (tmp_path / "truncated", tmp_path, tmp_path / "nowhere"):
+        code, lines = call(model=folder)
+        assert code == 2
+        assert len(lines) == 1
+        assert str(folder) in lines[0]
+
+
+@pytest.mark.slow
+def test_as_a_program(tmp_path, lm, tokens):
+    features = write(tmp_path / "features", tokens)
+    run = lambda *flags: subprocess.run(
+        [sys.executable, "-m", "experiments.finetune", *map(str, flags)], capture_output=True, text=True, check=False
+    )
+    good = run("--model", lm, "--features", features, "--out", tmp_path / "run", "--steps", 2)
+    assert good.returncode == 0, good.stderr
+    bad = run("--model", lm, "--features", features, "--out", tmp_path / "run")
+    assert bad.returncode == 2
+    assert len(bad.stderr.splitlines()) == 1
+    assert run("--help").returncode == 0
