@@ -29,24 +29,24 @@ def empty_cache(params: Params, cfg: ModelConfig, rows: int, slots: int) -> Cach
 
 
 def prefill(
-    params: Params, prompts: Sequence[Int[Tensor, " T"]], cache: Cache, cfg: ModelConfig
-) -> Float[Tensor, "B D"]:
+    params: Params, prompts: Sequence[Int[Tensor, " _"]], cache: Cache, cfg: ModelConfig
+) -> Float[Tensor, "B 1 D"]:
     """Fill an empty cache with one prompt per row; the residual stream at each prompt's last token, before the final norm."""
     lengths = [len(prompt) for prompt in prompts]
     ends = list(accumulate(lengths))
     positions = torch.cat([torch.arange(n, device=params.embed.device) for n in lengths])
     x = _blocks(params, torch.cat(list(prompts)), positions, cfg, _apart(lengths), cache)
-    return x[torch.tensor(ends, device=x.device) - 1]
+    return x[torch.tensor(ends, device=x.device) - 1, None]
 
 
 def extend(
     params: Params, tokens: Int[Tensor, "B T"], lengths: Sequence[int], cache: Cache, cfg: ModelConfig
-) -> Float[Tensor, "B D"]:
+) -> Float[Tensor, "B 1 D"]:
     """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them."""
     B, T = tokens.shape
     positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
     attend = _over_cache(positions, max(lengths) + T, params.embed.dtype)
-    return _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache).view(B, T, -1)[:, -1]
+    return _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache).view(B, T, -1)[:, -1:]
 
 
 def _blocks(

@@ -23,12 +23,12 @@ PATCH = PIXELS_PER_CODE * CODES_PER_PATCH  # pixels
 Schedule = Callable[[float, int, int], Sequence[float]]  # (guidance, h, w) -> the scale at each token after the sizes
 
 
-def constant(guidance: float, h: int, w: int) -> list[float]:
+def constant(guidance: int | float, h: int, w: int) -> list[int | float]:
     """The same scale at every token."""
     return [guidance] * (h * (w + 1) + 1)
 
 
-def reference(guidance: float, h: int, w: int) -> list[float]:
+def reference(guidance: int | float, h: int, w: int) -> list[int | float]:
     """The reference's scales: any guidance but 1 decays to 4 within the first rows, and below 4 counts as 4.
 
     Its guidance overwrites itself with max(4, g (1 - n / N)) after n tokens of the image; N is a quarter of the codes.
@@ -40,12 +40,14 @@ def reference(guidance: float, h: int, w: int) -> list[float]:
     return scales
 
 
-def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], scale: float) -> Float[Tensor, "*B V"]:
+def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], scale: int | float) -> Float[Tensor, "*B V"]:
     """Scores moved from those without a prompt past those with it; scale 1 is no guidance."""
     return cond if scale == 1.0 else scale * (cond - uncond) + uncond
 
 
-def drop_unlikely(scores: Float[Tensor, "*B V"], cond: Float[Tensor, "*B V"], min_p: float) -> Float[Tensor, "*B V"]:
+def drop_unlikely(
+    scores: Float[Tensor, "*B V"], cond: Float[Tensor, "*B V"], min_p: int | float
+) -> Float[Tensor, "*B V"]:
     """Scores with -inf where the prompted model gives less than min_p of its likeliest id's probability; 0 drops none.
 
     Judged before guidance, which on a small model raises ids that the prompt never asked for.
@@ -85,7 +87,7 @@ def keep_top_k(scores: Float[Tensor, "*B V"], k: int) -> Float[Tensor, "*B V"]:
     return scores.masked_fill(scores < scores.topk(k).values[..., -1:], -math.inf)
 
 
-def draw(scores: Float[Tensor, "B V"], temperature: float, uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def draw(scores: Float[Tensor, "B V"], temperature: int | float, uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The id at which softmax(scores / temperature), summed in id order, passes `uniform` in [0, 1); temperature 0 is argmax.
 
     One number per row in float64 on the host: the same number gives the same id on every device and in every batch.
@@ -115,8 +117,8 @@ def uniforms(seed: int, prompt: int, picture: int, count: int) -> Float[Tensor, 
 
 @torch.no_grad()
 def generate(
-    params: Params, prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, *, height: int, width: int, guidance: float = 4.0,
-    guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: float = 1.0, min_p: float = 0.0, seed: int = 0,
+    params: Params, prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, *, height: int, width: int, guidance: int | float = 4.0,
+    guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: int | float = 1.0, min_p: int | float = 0.0, seed: int = 0,
     index: tuple[int, int] = (0, 0),
 ) -> Int[Tensor, "h w"]:  # fmt: skip
     """The codes of one picture of height x width pixels (multiples of 32), drawn after `[bos] enc(prompt + sep)`.
@@ -144,8 +146,8 @@ def generate(
 @torch.no_grad()
 def generate_many(
     params: Params, prompts: Sequence[Sequence[int] | Tensor], cfg: ModelConfig, *, height: int, width: int, n: int = 1,
-    batch: int = 1, guidance: float = 4.0, guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: float = 1.0,
-    min_p: float = 0.0, seed: int = 0, tick: Callable[[int], None] = lambda pictures: None,
+    batch: int = 1, guidance: int | float = 4.0, guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: int | float = 1.0,
+    min_p: int | float = 0.0, seed: int = 0, tick: Callable[[int], None] = lambda pictures: None,
 ) -> Int[Tensor, "P n h w"]:  # fmt: skip
     """`generate` for n pictures of each prompt, `batch` at a time; `tick` hears after each code how many pictures got one."""
     if n < 1 or batch < 1:
@@ -198,7 +200,7 @@ def _pictures(params, prompts, random, cfg, h, w, scales, choose, tick) -> Int[T
                 lengths, fresh = [n + len(fresh) for n in lengths], []
             # Only the codes' rows of the unembedding: a tenth of the released vocabulary, the same scores.
             head = Head(params.head.norm, params.head.unembed[may.start : may.stop])
-            scores = unembed(head, x, replace(cfg, masked_ids=()))
+            scores = unembed(head, x, replace(cfg, masked_ids=()))[:, 0]
             token = choose(scores[:B], scores[-B:], scales[t], random[:, t]).to(device) + may.start
             tick(B)
         image.append(token)
