@@ -116,7 +116,7 @@ def block(
 
 def trunk(
     params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
-) -> Float[Tensor, "B T D"]:
+) -> Float[Tensor, "B _ D"]:
     """The residual stream after the last block, before the final norm; tokens beyond cfg.max_positions are cut."""
     tokens = tokens[:, : cfg.max_positions]
     x = F.embedding(tokens, gather(params.embed))
@@ -139,8 +139,8 @@ def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tenso
 
 def forward(
     params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
-) -> Float[Tensor, "B T V"]:
-    """Next-token logits at every position, float32."""
+) -> Float[Tensor, "B _ V"]:
+    """Next-token logits at every position that is not cut, float32."""
     return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
 
 
