@@ -205,8 +205,8 @@ def init(
     widths = [cfg.channels * m for m in cfg.multipliers]
     last = len(widths) - 1
 
-    def new_conv(source: int, target: int, k: int = 3) -> Conv:
-        return Conv(normal(target, source, k, k) / (3 * source * k * k) ** 0.5, zeros(target))
+    def new_conv(source: int, target: int, k: int = 3, size: float = 1.0) -> Conv:
+        return Conv(normal(target, source, k, k) * (size / (source * k * k) ** 0.5), zeros(target))
 
     group = lambda c: GroupNorm(ones(c), zeros(c))
 
@@ -220,9 +220,10 @@ def init(
 
         def new_res(source: int, target: int) -> Res:
             shortcut = (new_conv(source, target, 1),) if source != target else ()
-            return Res(norm(source), new_conv(source, target), norm(target), new_conv(target, target), shortcut)
+            last = new_conv(target, target, size=0.1)  # a block starts as almost the identity
+            return Res(norm(source), new_conv(source, target), norm(target), last, shortcut)
 
-        new_attention = lambda c: Attention(norm(c), *(new_conv(c, c, 1) for _ in range(4)))
+        new_attention = lambda c: Attention(norm(c), *(new_conv(c, c, 1, size) for size in (1, 1, 1, 0.1)))
 
         def new_level(i: int, source: int, targets: list[int]) -> Level:
             blocks = tuple(new_res(a, b) for a, b in zip([source, *targets[:-1]], targets, strict=True))
