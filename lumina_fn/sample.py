@@ -20,15 +20,16 @@ from lumina_fn.vocab import CODES_PER_PATCH, PIXELS_PER_CODE, Ids, allowed, imag
 
 PATCH = PIXELS_PER_CODE * CODES_PER_PATCH  # pixels
 
-Schedule = Callable[[float, int, int], Sequence[float]]  # (guidance, h, w) -> the scale at each token after the sizes
+Number = int | float
+Schedule = Callable[[Number, int, int], Sequence[Number]]  # (guidance, h, w) -> the scale at each token after the sizes
 
 
-def constant(guidance: int | float, h: int, w: int) -> list[int | float]:
+def constant(guidance: Number, h: int, w: int) -> list[Number]:
     """The same scale at every token."""
     return [guidance] * (h * (w + 1) + 1)
 
 
-def reference(guidance: int | float, h: int, w: int) -> list[int | float]:
+def reference(guidance: Number, h: int, w: int) -> list[Number]:
     """The reference's scales: any guidance but 1 decays to 4 within the first rows, and below 4 counts as 4.
 
     Its guidance overwrites itself with max(4, g (1 - n / N)) after n tokens of the image; N is a quarter of the codes.
@@ -40,14 +41,12 @@ def reference(guidance: int | float, h: int, w: int) -> list[int | float]:
     return scales
 
 
-def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], scale: int | float) -> Float[Tensor, "*B V"]:
+def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], scale: Number) -> Float[Tensor, "*B V"]:
     """Scores moved from those without a prompt past those with it; scale 1 is no guidance."""
     return cond if scale == 1.0 else scale * (cond - uncond) + uncond
 
 
-def drop_unlikely(
-    scores: Float[Tensor, "*B V"], cond: Float[Tensor, "*B V"], min_p: int | float
-) -> Float[Tensor, "*B V"]:
+def drop_unlikely(scores: Float[Tensor, "*B V"], cond: Float[Tensor, "*B V"], min_p: Number) -> Float[Tensor, "*B V"]:
     """Scores with -inf where the prompted model gives less than min_p of its likeliest id's probability; 0 drops none.
 
     Judged before guidance, which on a small model raises ids that the prompt never asked for.
@@ -87,7 +86,7 @@ def keep_top_k(scores: Float[Tensor, "*B V"], k: int) -> Float[Tensor, "*B V"]:
     return scores.masked_fill(scores < scores.topk(k).values[..., -1:], -math.inf)
 
 
-def draw(scores: Float[Tensor, "B V"], temperature: int | float, uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def draw(scores: Float[Tensor, "B V"], temperature: Number, uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The id at which softmax(scores / temperature), summed in id order, passes `uniform` in [0, 1); temperature 0 is argmax.
 
     One number per row in float64 on the host: the same number gives the same id on every device and in every batch.
@@ -115,75 +114,58 @@ def uniforms(seed: int, prompt: int, picture: int, count: int) -> Float[Tensor, 
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-@torch.no_grad()
 def generate(
-    params: Params, prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, *, height: int, width: int, guidance: int | float = 4.0,
-    guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: int | float = 1.0, min_p: int | float = 0.0, seed: int = 0,
+    params: Params, prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, *, height: int, width: int, guidance: Number = 4.0,
+    guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: Number = 1.0, min_p: Number = 0.0, seed: int = 0,
     index: tuple[int, int] = (0, 0),
 ) -> Int[Tensor, "h w"]:  # fmt: skip
     """The codes of one picture of height x width pixels (multiples of 32), drawn after `[bos] enc(prompt + sep)`.
 
-    The prompt may end in `start size(h) size(w)` of that size. Seed and index (of the prompt, of its picture) fix the randomness,
-    so that generate_many's [p, i] is this with index (p, i), up to the rounding of another batch size. Raises InputError
-    for sizes, ids or settings that cannot be sampled.
+    The prompt may end in `start size(h) size(w)` of that size. Seed and index (of a prompt, of its picture) fix the random
+    numbers. Raises InputError for sizes, ids or settings that cannot be sampled.
     """
-    return _generate(
-        params,
-        [(prompt_ids, index)],
-        cfg,
-        height,
-        width,
-        1,
-        guidance,
-        guidance_schedule,
-        top_k,
-        temperature,
-        min_p,
-        seed,
-    )[0]
+    return generate_many(
+        params, [prompt_ids], cfg, height=height, width=width, guidance=guidance, guidance_schedule=guidance_schedule,
+        top_k=top_k, temperature=temperature, min_p=min_p, seed=seed, first=index,
+    )[0, 0]  # fmt: skip
 
 
 @torch.no_grad()
 def generate_many(
     params: Params, prompts: Sequence[Sequence[int] | Tensor], cfg: ModelConfig, *, height: int, width: int, n: int = 1,
-    batch: int = 1, guidance: int | float = 4.0, guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: int | float = 1.0,
-    min_p: int | float = 0.0, seed: int = 0, tick: Callable[[int], None] = lambda pictures: None,
+    batch: int = 1, guidance: Number = 4.0, guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: Number = 1.0,
+    min_p: Number = 0.0, seed: int = 0, first: tuple[int, int] = (0, 0), tick: Callable[[int], None] = lambda pictures: None,
 ) -> Int[Tensor, "P n h w"]:  # fmt: skip
-    """`generate` for n pictures of each prompt, `batch` at a time; `tick` hears after each code how many pictures got one."""
-    if n < 1 or batch < 1:
-        raise InputError(f"n {n}, batch {batch}: expected at least 1 of each")
-    jobs = [(prompt, (p, i)) for p, prompt in enumerate(prompts) for i in range(n)]
-    if not jobs:
-        raise InputError("no prompts: expected at least one")
-    codes = _generate(
-        params, jobs, cfg, height, width, batch, guidance, guidance_schedule, top_k, temperature, min_p, seed, tick
-    )
-    return codes.unflatten(0, (-1, n))
+    """n pictures of each prompt, `batch` at a time; `tick` hears after each code how many pictures got one.
 
-
-def _generate(
-    params, jobs, cfg, height, width, batch, guidance, guidance_schedule, top_k, temperature, min_p, seed, tick=lambda pictures: None
-) -> Int[Tensor, "N h w"]:  # fmt: skip
+    [p, i] is `generate` of prompt p with index first + (p, i): the same random numbers in every batch, scores equal up to
+    the rounding of another batch size. Raises InputError as `generate` does.
+    """
     _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, min_p)
+    if min(n, batch, len(prompts)) < 1:
+        raise InputError(f"{len(prompts)} prompts, n {n}, batch {batch}: expected at least 1 of each")
     h, w = (side // PIXELS_PER_CODE for side in (height, width))
     scales = guidance_schedule(guidance, h, w)
-    device = params.embed.device
-    prompts = [torch.tensor(_prompt(prompt, cfg, h, w), dtype=torch.int64, device=device) for prompt, _ in jobs]
-    random = torch.stack([uniforms(seed, *index, h * (w + 1)) for _, index in jobs])
+    jobs = [(p, i) for p in range(len(prompts)) for i in range(n)]
+    ids = [torch.tensor(_prompt(prompt, cfg, h, w), device=params.embed.device) for prompt in prompts]
 
-    def choose(cond, uncond, scale, uniform):
-        scores = drop_unlikely(guide(cond, uncond, scale), cond, min_p)
+    def choose(cond: Tensor, uncond: Tensor, t: int, uniform: Tensor) -> Tensor:
+        scores = drop_unlikely(guide(cond, uncond, scales[t]), cond, min_p)
         return draw(keep_top_k(scores, top_k), temperature, uniform)
 
-    parts = [slice(a, a + batch) for a in range(0, len(jobs), batch)]
-    return torch.cat([_pictures(params, prompts[p], random[p], cfg, h, w, scales, choose, tick) for p in parts])
+    parts = []
+    for part in (jobs[a : a + batch] for a in range(0, len(jobs), batch)):
+        random = torch.stack([uniforms(seed, first[0] + p, first[1] + i, h * (w + 1)) for p, i in part])
+        guided = any(scale != 1.0 for scale in scales)
+        parts.append(_pictures(params, [ids[p] for p, _ in part], random, cfg, h, w, guided, choose, tick))
+    return torch.cat(parts).unflatten(0, (-1, n))
 
 
-def _pictures(params, prompts, random, cfg, h, w, scales, choose, tick) -> Int[Tensor, "B h w"]:
+def _pictures(params, prompts, random, cfg, h, w, guided, choose, tick) -> Int[Tensor, "B h w"]:
     """One batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images from `start` on."""
     ids, B, device = cfg.ids, len(prompts), params.embed.device
     opening = torch.tensor(_opening(h, w, ids), device=device)
-    copies = 2 if any(scale != 1.0 for scale in scales) else 1
+    copies = 2 if guided else 1
     contexts = [torch.cat([prompt, opening]) for prompt in prompts] + [opening] * (B * (copies - 1))
     lengths = [len(context) for context in contexts]
     cache = decode.empty_cache(params, cfg, len(contexts), max(lengths) + h * (w + 1))
@@ -201,7 +183,7 @@ def _pictures(params, prompts, random, cfg, h, w, scales, choose, tick) -> Int[T
             # Only the codes' rows of the unembedding: a tenth of the released vocabulary, the same scores.
             head = Head(params.head.norm, params.head.unembed[may.start : may.stop])
             scores = unembed(head, x, replace(cfg, masked_ids=()))[:, 0]
-            token = choose(scores[:B], scores[-B:], scales[t], random[:, t]).to(device) + may.start
+            token = choose(scores[:B], scores[-B:], t, random[:, t]).to(device) + may.start
             tick(B)
         image.append(token)
         fresh.append(token)
@@ -215,10 +197,9 @@ def _opening(h: int, w: int, ids: Ids) -> list[int]:
 def _prompt(prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, h: int, w: int) -> list[int]:
     """The prompt's ids up to the image that is to be drawn."""
     prompt = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
-    if not all(isinstance(i, int) and 0 <= i < cfg.vocab for i in prompt):
-        odd = next(i for i in prompt if not (isinstance(i, int) and 0 <= i < cfg.vocab))
+    if odd := [i for i in prompt if not isinstance(i, int) or not 0 <= i < cfg.vocab]:
         raise InputError(
-            f"prompt id {odd}: expected whole numbers below {cfg.vocab}, the model's vocabulary; is this its tokenizer?"
+            f"prompt id {odd[0]}: expected whole numbers below {cfg.vocab}, the model's vocabulary; is this its tokenizer?"
         )
     if (inside := open_image(prompt, cfg.ids)) is not None:
         opening = _opening(h, w, cfg.ids)
@@ -259,12 +240,7 @@ def _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, 
     settings = (
         ("guidance", guidance, "a finite number, at least 0", lambda x: 0 <= x < math.inf),
         ("top_k", top_k, "a whole number, at least 1", lambda x: isinstance(x, int) and x >= 1),
-        (
-            "temperature",
-            temperature,
-            "a finite number, at least 0 (0: the likeliest code)",
-            lambda x: 0 <= x < math.inf,
-        ),
+        ("temperature", temperature, "a finite number, at least 0 (0 is greedy)", lambda x: 0 <= x < math.inf),
         ("min_p", min_p, "a number in [0, 1)", lambda x: 0 <= x < 1),
         ("guidance_schedule", guidance_schedule, "a function: sample.constant, sample.reference or your own", callable),
     )
