@@ -223,7 +223,7 @@ def init(
             last = new_conv(target, target, size=0.1)  # a block starts as almost the identity
             return Res(norm(source), new_conv(source, target), norm(target), last, shortcut)
 
-        new_attention = lambda c: Attention(norm(c), *(new_conv(c, c, 1, size) for size in (1, 1, 1, 0.1)))
+        new_attention = lambda c: Attention(norm(c), *(new_conv(c, c, 1, size) for size in (1.0, 1.0, 1.0, 0.1)))
 
         def new_level(i: int, source: int, targets: list[int]) -> Level:
             blocks = tuple(new_res(a, b) for a, b in zip([source, *targets[:-1]], targets, strict=True))
