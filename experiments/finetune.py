@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = finetune(run, params, cfg, features, device, compute)
         broken = int(state.streak) >= STREAK
         folder = run.out / ("last_good" if broken else "model")
-        params = pytree.tree_map(lambda leaf: leaf.to(checkpoint.stored_dtype(run.model)), state.params)
+        stored = checkpoint.stored_dtype(run.model)
+        params = pytree.tree_map(lambda leaf: leaf.to(stored), state.params)
         checkpoint.save_model(folder, params, cfg, source=run.model)
     if broken:
         print(

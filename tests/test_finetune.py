@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from experiments import finetune
 from experiments.demo import tokenizer as small_tokenizer
-from lumina_fn import checkpoint, convert, data, errors, model, prompt, train
+from lumina_fn import checkpoint, convert, data, errors, model, prompt, sources, train
 from lumina_fn.config import ModelConfig
 
 CODES = 16
@@ -82,6 +82,14 @@ def test_a_run_leaves_metrics_and_a_model(call, tmp_path, lm):
     convert.main([str(tmp_path / "run" / "model"), str(tmp_path / "hf"), "--to", "hf"])
     again, _ = checkpoint.load_model(tmp_path / "hf")
     assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(tuned), pytree.tree_leaves(again), strict=True))
+
+
+def test_the_model_folder_is_not_opened_for_every_tensor(call, monkeypatch):
+    """Opening the released folder takes a second or two (its tokenizer and config have 17 MB), and it has 419 tensors."""
+    opened, open_source = [], sources.open_source
+    monkeypatch.setattr(sources, "open_source", lambda path: opened.append(path) or open_source(path))
+    assert call("--steps", 1)[0] == 0
+    assert len(opened) <= 2
 
 
 def test_the_loop_is_the_step(call, tmp_path, lm, tokens):
