@@ -128,7 +128,9 @@ def _read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a model folder with its tokenizer's files") from error
     except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+        raise InputError(
+            f"{path}: not JSON ({error}): it is damaged or a Git LFS pointer, download the file itself"
+        ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

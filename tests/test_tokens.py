@@ -226,6 +226,13 @@ def test_a_broken_tokenizer_file_is_an_input_error(folder, text):
         prompt.load_tokenizer(folder)
 
 
+def test_a_git_lfs_pointer_is_named(folder):
+    """What a clone without Git LFS leaves in place of the released tokenizer.json."""
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"tokenizer\.json: not JSON .* a Git LFS pointer, download the file itself"):
+        prompt.load_tokenizer(folder)
+
+
 def test_a_folder_without_a_tokenizer_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         prompt.load_tokenizer(tmp_path)
