@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m experiments.demo.train_vq --out runs/vq
 
-Resumes from OUT/state.safetensors. It sees the new shape too: it learns to draw patches, never a word.
+Resumes from OUT/state.safetensors and ends with the folder OUT/model. It sees the new shape too: it learns to draw patches, never a word.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.demo import muon, shapes
+from experiments.demo import muon, progress, shapes
+from experiments.demo.grader import grade
 from experiments.settings import parse
-from lumina_fn import errors, files, vq
+from lumina_fn import checkpoint, errors, vq
 from lumina_fn.config import VQConfig
 
 
@@ -41,6 +41,7 @@ class Settings:
     revive_until: float = 0.7  # of the steps; afterwards the codebook only settles
     average_from: float = 0.8  # of the steps; the result is a running average of the weights
     commitment: float = 0.25
+    merge: float = 0.15  # codes closer than this become one: the language model then has fewer to tell apart
     log_every: int = 20
     save_every: int = 200
 
@@ -158,29 +159,52 @@ def start(s: Settings, cfg: VQConfig) -> State:
     return State(step, params, *moments, fresh(torch.clone), zeros(s.codes), zeros(s.codes, cfg.embed))
 
 
+@torch.no_grad()
+def compact(params: vq.Params, codes: Tensor, radius: float) -> vq.Params:
+    """The codebook without rows that `codes` do not use, and with one row, the most used, for all within `radius` of it."""
+    book, uses = params.codebook, torch.bincount(codes.flatten(), minlength=len(params.codebook))
+    near = torch.cdist(book, book) < radius
+    kept, gone = [], uses == 0
+    for i in uses.argsort(descending=True, stable=True).tolist():
+        if not gone[i]:
+            kept.append(i)
+            gone = gone | near[i]
+    return params._replace(codebook=book[kept])
+
+
+@torch.no_grad()
+def finish(state: State, cfg: VQConfig, s: Settings, specs: list[shapes.Spec]) -> dict[str, float]:
+    """Save the averaged parameters as they will be read, in bfloat16; how well they redraw every picture."""
+    params = pytree.tree_map(lambda p: p.bfloat16().float(), state.average)
+    pictures = [shapes.draw(spec) for spec in specs]
+    parts = [to_unit(pictures[i : i + 32]) for i in range(0, len(pictures), 32)]
+    latents = [vq.latent(params, part, cfg) for part in parts]
+    params = compact(params, torch.cat([vq.nearest(params.codebook, z) for z in latents]), s.merge)
+    cfg = replace(cfg, codes=len(params.codebook))
+    codes = [vq.nearest(params.codebook, z) for z in latents]
+    drawn = np.concatenate([vq.pixels(vq.decode(params, c, cfg)).numpy() for c in codes])
+    exact = np.mean([grade(picture, spec) for picture, spec in zip(drawn, specs, strict=True)])
+    psnr = 10 * np.log10(255**2 / np.square(drawn.astype(float) - np.stack(pictures)).mean())
+    checkpoint.save_vq(s.out / "model", pytree.tree_map(lambda p: p.bfloat16(), params), cfg, overwrite=True)
+    return {"exact": float(exact), "psnr": float(psnr), "codes": cfg.codes}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     s = parse(Settings, __doc__, argv)
     cfg, path = config(s.codes), s.out / "state.safetensors"
     s.out.mkdir(parents=True, exist_ok=True)
-    state, seconds = start(s, cfg), 0.0
-    spec = pytree.tree_structure(state)
-    if path.exists():
-        tensors = load_file(path)
-        seconds = tensors.pop("seconds").item()
-        state = pytree.tree_unflatten([tensors[str(i)] for i in range(spec.num_leaves)], spec)
+    state, seconds = progress.restore(path, start(s, cfg))
     specs = list(chain.from_iterable(shapes.specs(shape) for shape in shapes.SHAPES))
     begun = time.time() - seconds
     while (n := int(state.step)) < s.steps:
         state, metrics = step(state, specs, s, cfg)
         if n % s.log_every == 0:
-            print(
-                f"{n} {time.time() - begun:.0f} s " + " ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True
-            )
+            shown = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"{n} {time.time() - begun:.0f} s {shown}", flush=True)
         if (n + 1) % s.save_every == 0 or n + 1 == s.steps:
-            leaves = {str(i): t.contiguous() for i, t in enumerate(pytree.tree_leaves(state))}
-            files.write_atomic(path, save({**leaves, "seconds": torch.tensor(time.time() - begun)}))
-    record = {"settings": asdict(s) | {"out": str(s.out)}, "seconds": round(time.time() - begun), "final": metrics}
-    print(json.dumps(record))
+            progress.store(path, state, time.time() - begun)
+    result = {"seconds": round(time.time() - begun), **finish(state, cfg, s, specs)}
+    print(json.dumps(result | {name: str(value) for name, value in asdict(s).items()}))
 
 
 if __name__ == "__main__":
