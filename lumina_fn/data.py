@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -40,7 +40,7 @@ def training_item(tokenizer: Tokenizer, caption: str, codes, *, with_size: bool)
     return _item(text_ids(tokenizer, caption, codes, with_size), codes, tokenizer.ids)
 
 
-def text_ids(tokenizer: Tokenizer, caption: str, codes: Int[np.ndarray, "h w"], with_size: bool) -> list[int]:
+def text_ids(tokenizer: Tokenizer, caption: str, codes: Integer[np.ndarray, "h w"], with_size: bool) -> list[int]:
     """The item's ids before the picture. Raises InputError as `training_item` does."""
     height, width = (PIXELS_PER_CODE * n for n in codes.shape)
     prompt.check_size(tokenizer, width, height)
@@ -51,7 +51,7 @@ def text_ids(tokenizer: Tokenizer, caption: str, codes: Int[np.ndarray, "h w"], 
     return prompt.prompt_ids(tokenizer, caption, width, height, with_size)
 
 
-def _item(text: list[int], codes: Int[np.ndarray, "h w"], ids: Ids) -> Item:
+def _item(text: list[int], codes: Integer[np.ndarray, "h w"], ids: Ids) -> Item:
     image = [*image_tokens(codes.tolist(), ids), ids.sep]
     return text + image, [IGNORE] * len(text) + image
 
@@ -93,7 +93,7 @@ def batch(items: Sequence[Item], *, max_positions: int, multiple: int = 64) -> B
 class Feature(NamedTuple):
     row: int  # in the input
     text: list[int]  # ids before the picture
-    codes: Int[np.ndarray, "h w"]
+    codes: Integer[np.ndarray, "h w"]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ class FeatureSet(Sequence[Item]):
         """Tokens of every item."""
         for shard in self._shards:
             text = np.diff(shard.text_ends, prepend=0)
-            yield from (text + image_length(*shard.shapes.T) + 1).tolist()
+            sizes = zip(text.tolist(), shard.shapes.tolist(), strict=True)
+            yield from (n + image_length(h, w) + 1 for n, (h, w) in sizes)
 
 
 def _open_shard(path: Path, count: int) -> _Shard:
