@@ -61,7 +61,8 @@ def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool =
     source = sources.open_source(src)
     total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     try:
         _check_place(Path(src).resolve(), Path(dst).resolve(), total)
         with files.new_folder(dst, overwrite) as folder, bar:

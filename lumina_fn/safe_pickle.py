@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 MAX_BYTES = 8 << 20  # a 7.88B model's takes 50 KB
-MAX_OPS = 2_000_000  # a state dict needs about 40 for each tensor
+MAX_OPS = 500_000  # a state dict needs about 40 for each tensor
 MAX_RANK = 8
 
 

@@ -1,12 +1,11 @@
 """Find out what lies in a folder (native, Hugging Face, MindSpeed release, MoVQGAN .ckpt) and check it, tensors unread."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lumina_fn import hf_config, model, names, prompt, torch_zip, vq
+from lumina_fn import hf_config, model, names, prompt, torch_zip, vq, vq_config
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import INDEX, Stored, safetensors_header
@@ -112,10 +111,10 @@ def _open_native(path: Path, config: dict) -> Source:
     if not isinstance(sizes, dict) or sizes.keys() != expected:
         raise InputError(f"{where}: `model` must hold exactly {', '.join(sorted(expected))}")
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
-    wrong = hf_config.problems(sizes) if kind == "lumina" else _vq_problems(sizes)
+    wrong = hf_config.problems(sizes) if kind == "lumina" else vq_config.problems(sizes)
     ids = hf_config.read_ids(config.get("ids"), sizes["vocab"], wrong) if kind == "lumina" else None
     if kind == "lumina" and not (
-        _whole(sizes["masked_ids"], 0) and max(sizes["masked_ids"], default=-1) < sizes["vocab"]
+        vq_config.whole(sizes["masked_ids"], 0) and max(sizes["masked_ids"], default=-1) < sizes["vocab"]
     ):
         wrong.append("masked_ids must be a list of ids below vocab")
     if wrong:
@@ -157,7 +156,7 @@ def _open_mindspeed(path: Path, config: dict | None) -> Source:
 
 def _open_ckpt(file: Path) -> Source:
     found, other = torch_zip.state_dict(file, "state_dict")
-    cfg = _vq_sizes(file, {key: tensor.shape for key, tensor in found.items()})
+    cfg = vq_config.of_shapes(file, {key: tensor.shape for key, tensor in found.items()})
     tensors, ignored = _matched(file, found, cfg, names.MOVQGAN, ("ema_", "model_ema.", "loss."))
     return Source("a MoVQGAN checkpoint", cfg, tensors, None, {}, ignored + _ignored(other))
 
@@ -255,43 +254,3 @@ def _with_ids(cfg: ModelConfig, folder: Path) -> ModelConfig:
         if cfg.vocab == LUMINA_VOCAB:
             raise
         return cfg
-
-
-def _whole(values: object, least: int) -> bool:
-    return type(values) is tuple and all(type(i) is int and least <= i <= hf_config.LARGEST for i in values)
-
-
-def _vq_problems(sizes: Mapping) -> list[str]:
-    lists = {"multipliers": 1, "attn_levels": 0}
-    wrong = [
-        f"{name} must be a list of whole numbers" for name, least in lists.items() if not _whole(sizes[name], least)
-    ]
-    wrong += [
-        f"{n} must be a positive whole number" for n, v in sizes.items() if n not in lists and not _whole((v,), 1)
-    ]
-    if not wrong and not sizes["multipliers"]:
-        wrong.append("multipliers must not be empty")
-    if not wrong and any(sizes["channels"] * m % sizes["groups"] for m in sizes["multipliers"]):
-        wrong.append(f"channels must be divisible by the {sizes['groups']} groups of the norms")
-    return wrong
-
-
-def _vq_sizes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
-    """Sizes read off a MoVQGAN's tensors; the group count leaves no trace in them and is the reference's 32."""
-    count = lambda pattern: next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
-    levels = count("encoder.down.{}.block.0.conv1.weight")
-    tell = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight")
-    if not levels or (missing := [key for key in tell if len(shapes.get(key, ())) < 2]):
-        missing = "encoder.down.0.block.0.conv1.weight" if not levels else ", ".join(missing)
-        raise InputError(f"{file} is no MoVQGAN: the tensors that tell its sizes are missing or misshapen: {missing}")
-    channels = max(1, shapes[tell[0]][0])
-    sizes = {
-        "channels": channels,
-        "multipliers": tuple(max(1, shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // channels) for i in range(levels)),
-        "res_blocks": count("encoder.down.0.block.{}.conv1.weight"),
-        "attn_levels": tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes),
-        "latent": shapes[tell[1]][0], "embed": shapes[tell[2]][0], "codes": shapes[tell[3]][0], "groups": 32,
-    }  # fmt: skip
-    if wrong := _vq_problems(sizes):
-        raise InputError(f"{file} is no MoVQGAN, as its tensors tell: {'; '.join(wrong)}")
-    return VQConfig(**sizes)
