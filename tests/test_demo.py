@@ -1,12 +1,20 @@
 """The embedded default: its pictures, their grader, its splits and its shipped assets."""
 
+import json
 import random
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_leaves
 
-from experiments.demo import grader, shapes, splits
+from experiments.demo import grader, muon, pretrain, progress, report, shapes, splits, tasks, tokenizer, train_vq
+from lumina_fn import checkpoint, data, prompt, vq
+from lumina_fn.config import VQConfig
+from lumina_fn.vocab import IGNORE
 
 EVERY = list(chain.from_iterable(shapes.specs(shape) for shape in shapes.SHAPES))
 SOME = random.Random(1).sample(EVERY, 120)
@@ -100,3 +108,107 @@ def test_pretraining_has_neither_word_nor_picture_of_the_new_shape():
     assert shapes.NEW not in {grader.read(shapes.draw(s)).shape for s in random.Random(0).sample(seen, 200)}
     new = {shapes.draw(s).tobytes() for s in shapes.specs(shapes.NEW)}
     assert not new & {shapes.draw(s).tobytes() for s in seen}
+
+
+def test_tokenizer_spells_a_word_it_never_saw():
+    text, ids = tokenizer.build(7)
+    words = lambda caption: text.encode(caption, add_special_tokens=False).ids
+    known, new = (shapes.caption(shapes.Spec(shape, "red", "white", "at the top")) for shape in ("heart", shapes.NEW))
+    assert len(words(known)) == 10  # one a word
+    assert len(words(new)) > 10
+    assert text.decode(words(new)) == new
+    assert not any(shapes.NEW in word for word in text.get_vocab())
+    assert ids.code0 == text.get_vocab_size()
+
+
+def test_shipped_vq_redraws_pictures_that_the_grader_reads():
+    params, cfg = checkpoint.load_vq(tasks.VQ)
+    chosen = SOME[:24]
+    codes = pretrain.codes_of(chosen, params, cfg)
+    drawn = vq.pixels(vq.decode(params, codes, cfg)).numpy()
+    assert [grader.read(p) for p in drawn] == chosen
+
+
+TINY = VQConfig(channels=8, multipliers=(1, 1, 1, 1), res_blocks=1, attn_levels=(3,), codes=6, groups=2)
+RUN = train_vq.Settings(steps=6, batch=2, codes=6, quantize_from=2, seed=5)
+
+
+def test_training_the_vq_resumes_exactly(tmp_path):
+    def walk(state, steps):
+        for _ in range(steps):
+            state, _ = train_vq.step(state, SOME, RUN, TINY)
+        return state
+
+    whole = walk(train_vq.start(RUN, TINY), 6)
+    progress.store(tmp_path / "state", walk(train_vq.start(RUN, TINY), 4), 1.5)
+    halfway, seconds = progress.restore(tmp_path / "state", train_vq.start(RUN, TINY))
+    assert seconds == 1.5
+    pairs = zip(tree_leaves(walk(halfway, 2)), tree_leaves(whole), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_compact_merges_near_codes_and_drops_unused_ones():
+    book = torch.tensor([[0.0, 0], [0.05, 0], [1, 0], [2, 0]])
+    params = vq.init(replace(TINY, embed=2, codes=4))._replace(codebook=book)
+    kept = train_vq.compact(params, torch.tensor([[[0, 1, 1, 3]]]), 0.1).codebook
+    assert kept.tolist() == [[pytest.approx(0.05), 0], [2, 0]]
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_muon_steps_are_nearly_orthogonal(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    turned = muon.orthogonal(g)
+    assert torch.linalg.svdvals(turned).sub(1).abs().max() < 0.4
+    assert (u.T @ turned @ v.T).diagonal().min() > 0.6
+
+
+@pytest.fixture
+def toy_items(tmp_path):
+    text, ids = tokenizer.build(4)
+    tokenizer.save(tmp_path, text)
+    (tmp_path / "config.json").write_text(json.dumps({"ids": ids.__dict__}))
+    tokens = prompt.load_tokenizer(tmp_path)
+    item = lambda n, w: data.training_item(
+        tokens, "a red heart" + " on a mint background" * n, [[n] * 8] * 8, with_size=w
+    )
+    return [[item(n, w) for w in (True, False)] for n in range(4)], ids
+
+
+def test_pretraining_visits_every_picture_once_an_epoch(toy_items):
+    items, ids = toy_items
+    run = pretrain.Settings(steps=4, batch=2)
+    found = list(pretrain.batches(items, ids, run))
+    seen = [
+        sorted(int(row[row >= ids.code0][0]) - ids.code0 for b in found[i : i + 2] for row in b.tokens) for i in (0, 2)
+    ]
+    assert seen == [[0, 1, 2, 3]] * 2
+    again = list(pretrain.batches(items, ids, run))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, again, strict=True))
+    for b in found:
+        learned = b.labels != IGNORE
+        assert torch.equal(b.tokens[learned], b.labels[learned])
+
+
+def test_prepare_writes_the_folder_a_user_would_bring(tmp_path):
+    rows = json.loads(tasks.prepare(tmp_path / "data", SOME[:3]).read_text())
+    assert [r["prompt"] for r in rows] == [shapes.caption(s) for s in SOME[:3]]
+    pictures = [np.asarray(Image.open(tmp_path / "data" / r["file"])) for r in rows]
+    assert [grader.read(p) for p in pictures] == SOME[:3]
+
+
+def test_wilson():
+    assert report.wilson(160, 200) == pytest.approx(0.7391, abs=1e-4)
+    assert report.wilson(0, 50) == pytest.approx(0, abs=1e-12)
+
+
+def test_report_draws(tmp_path):
+    picture = Image.fromarray(shapes.draw(SOME[0]))
+    shown = [report.Shown(shapes.caption(SOME[0]), picture, False, picture, True)] * 5
+    report.sheet(tmp_path / "sheet.png", "title", [picture] * 40, shown, ["one", "two"])
+    page = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert all((page == colour).all(-1).any() for colour in (report.GREEN, report.RED))
+    (tmp_path / "metrics").write_text('{"step": 1, "ce": 2.0}\n{"step": 2, "ce": 1.0}\n')
+    report.loss_curve(tmp_path / "loss.png", tmp_path / "metrics")
+    with Image.open(tmp_path / "loss.png") as curve:
+        assert curve.width > 100
