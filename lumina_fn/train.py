@@ -124,14 +124,14 @@ def make_train_step(
     way = by_blocks if compile == "blocks" else by_func
     gradients = way(cfg, z_weight=z_weight, dtype=dtype, keep_inputs=remat)
 
-    def step(state: TrainState, batch: Batch):
+    def update(state: TrainState, batch: Batch, lr: Tensor):
         micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
         count = predicted(batch.labels, cfg)
         grads, (total, parts) = gradients(state.params, micro[0], count)
         for more in micro[1:]:
             g, (t, m) = gradients(state.params, more, count)
             pytree.tree_map(lambda sum_, x: sum_.add_(x), (grads, total, parts), (g, t, m))
-        norm, lr = optim.global_norm(grads), optim.rate(opt, state.step, total.dtype)
+        norm, lr = optim.global_norm(grads), lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
         skipped = state.skipped + bad
         count_updates = state.step + 1 - skipped
@@ -143,7 +143,10 @@ def make_train_step(
         metrics |= {"skipped": skipped, "streak": streak}
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
-    return jit(step, inductor) if compile == "step" else step
+    run = jit(update, inductor) if compile == "step" else update
+    # The rate stays outside of the trace: it may be any Python function of the step.
+    wide = lambda state: torch.promote_types(state.params.embed.dtype, torch.float32)
+    return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
 
 
 def cast(dtype: torch.dtype | None) -> Callable:
