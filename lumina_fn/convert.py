@@ -64,7 +64,7 @@ def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool =
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     try:
-        _check_place(Path(src).resolve(), Path(dst).resolve(), total)
+        _check_room(files.place(dst, [Path(src)]), total)
         with files.new_folder(dst, overwrite) as folder, bar:
             task = bar.add_task("", total=total)
             write(folder, source, lambda n: bar.advance(task, n))
@@ -73,13 +73,12 @@ def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool =
     return source
 
 
-def _check_place(src: Path, dst: Path, total: int) -> None:
-    if src.is_relative_to(dst):
-        raise InputError(f"{dst} holds the source {src}: give another place")
+def _check_room(dst: Path, total: int) -> None:
     parent = next(p for p in dst.parents if p.exists())
-    if (free := shutil.disk_usage(parent).free) < total:
+    free = shutil.disk_usage(parent).free
+    if 0 < free < total:  # what has no room at all is no disk; trying to write there tells why
         raise InputError(
-            f"{dst}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: give a place on a larger disk"
+            f"{dst}: {total / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free: give a place on a larger disk"
         )
 
 

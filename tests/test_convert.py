@@ -146,7 +146,9 @@ def test_user_mistakes_are_one_line_and_write_nothing(tmp_path):
     assert (code, out) == (2, "")
     assert err == f"error: {tmp_path / 'there'} exists: give a new place, or --overwrite to replace it\n"
     assert "--overwrite" in refused(a, tmp_path / "there", "--to", "native")
-    assert "holds the source" in refused(a, tmp_path, "--to", "native", "--overwrite")
+    assert "which this run reads" in refused(a, tmp_path, "--to", "native", "--overwrite")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refused(a, tmp_path / "loop" / "x", "--to", "native")
     assert "expected" in refused(tmp_path / "empty", tmp_path / "b", "--to", "native")
     assert "does not exist" in refused(tmp_path / "nowhere", tmp_path / "b", "--to", "native")
     assert "--to" in refused(a, tmp_path / "b")
