@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+from experiments import finetune, pretokenize, sample, settings
 from experiments.demo import grader, muon, pretrain, progress, report, shapes, splits, tasks, tokenizer, train_vq
 from lumina_fn import checkpoint, data, prompt, vq
 from lumina_fn.config import VQConfig
@@ -212,3 +213,36 @@ def test_report_draws(tmp_path):
     report.loss_curve(tmp_path / "loss.png", tmp_path / "metrics")
     with Image.open(tmp_path / "loss.png") as curve:
         assert curve.width > 100
+
+
+def test_the_commands_take_the_demos_arguments(tmp_path):
+    run = settings.parse(finetune.Settings, "", tasks.finetune_flags(tmp_path))
+    assert (run.model, run.features, run.out) == (tmp_path / "lm", tmp_path / "features", tmp_path / "finetune")
+    assert (
+        settings.parse(pretokenize.Settings, "", tasks.pretokenize_arguments(tmp_path / "data.json", tmp_path)).size
+        == 64
+    )
+    drawn = settings.parse(
+        sample.Settings, "", tasks.sample_arguments(run.model, tmp_path / "prompts", tmp_path / "out")
+    )
+    assert (drawn.width, drawn.height, drawn.seed) == (64, 64, 0)
+
+
+def test_shipped_assets_are_small_and_belong_together():
+    files = [p for p in tasks.ASSETS.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 12e6
+    params, cfg = checkpoint.load_model(tasks.LM, dtype=torch.bfloat16)
+    _, vq_cfg = checkpoint.load_vq(tasks.VQ)
+    text, ids = tokenizer.build(vq_cfg.codes)
+    assert cfg == pretrain.config(ids)
+    assert json.loads((tasks.LM / "tokenizer.json").read_text()) == json.loads(text.to_str())
+    assert sum(leaf.numel() for leaf in tree_leaves(params)) < 3.5e6
+
+
+def test_shipped_model_draws_what_it_knows():
+    params, cfg = checkpoint.load_model(tasks.LM)
+    vq_params, vq_cfg = checkpoint.load_vq(tasks.VQ)
+    tokens = prompt.load_tokenizer(tasks.LM)
+    chosen = splits.settings()[::6]
+    share = pretrain.accuracy(params, cfg, tokens, vq_params, vq_cfg, chosen, guidance=1.0, temperature=0.5, min_p=0.05)
+    assert share >= 0.8
