@@ -1,13 +1,17 @@
 """Before anything of the house is imported: shapes and types of every call are checked in tests, and only there."""
 
+import atexit
 import os
-from pathlib import Path
+import tempfile
 
 from jaxtyping import install_import_hook
 
 from tests import shapes
 
-# Compiled code of the tests stays in the project, and out of what the user's own runs have cached.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
+# Code compiled by earlier runs is not trusted: a compiler that was killed leaves an empty library, which Inductor loads ever after.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # set where this is a worker: all of a session share one
+    compiled = tempfile.TemporaryDirectory(prefix="lumina-compiled-", ignore_cleanup_errors=True)
+    atexit.register(compiled.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
 
 install_import_hook(["ops", "lumina_fn"], f"{shapes.__name__}.checked")
