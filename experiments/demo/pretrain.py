@@ -31,7 +31,7 @@ from lumina_fn.vocab import IGNORE, PAD, Ids
 class Settings:
     vq: Annotated[Path, "the picture tokenizer's folder"] = Path("experiments/demo/assets/vq")
     out: Annotated[Path, "folder of the run"] = Path("runs/pretrain")
-    steps: int = 2000
+    steps: int = 1600
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 100

@@ -5,7 +5,7 @@ from itertools import chain
 
 from experiments.demo.shapes import NEW, OLD, Spec, specs
 
-OLD_REPORTED, SETTINGS, REPLAY, NEW_TRAINING = 40, 12, 32, 160  # the first three of each old shape
+OLD_REPORTED, SETTINGS, REPLAY, NEW_TRAINING = 40, 12, 160, 160  # the first three of each old shape
 
 
 def shuffled(shape: str) -> list[Spec]:
@@ -36,7 +36,7 @@ def pretraining() -> list[Spec]:
 
 
 def fine_tuning() -> list[Spec]:
-    """160 pictures of the new shape and 160 that the model knows, so that it keeps knowing them."""
+    """160 pictures of the new shape and 800 that the model knows: with fewer it forgets what is not among them (LOG.md)."""
     replay = of_old(OLD_REPORTED + SETTINGS, OLD_REPORTED + SETTINGS + REPLAY)
     return shuffled(NEW)[:NEW_TRAINING] + mixed(replay)
 

@@ -42,7 +42,7 @@ def pretokenize_arguments(data: Path, run: Path = RUN) -> list[str]:
 def finetune_flags(run: Path = RUN) -> list[str]:
     return [
         "--model", str(run / "lm"), "--features", str(run / "features"), "--out", str(run / "finetune"),
-        "--steps", "300", "--batch", "32", "--micro-batch", "32", "--lr", "1e-3", "--warmup", "20", "--schedule", "cosine",
+        "--steps", "320", "--batch", "32", "--micro-batch", "32", "--lr", "1e-3", "--warmup", "20", "--schedule", "cosine",
         "--overwrite",
     ]  # fmt: skip
 

@@ -36,7 +36,7 @@ vq_params, vq_cfg = checkpoint.load_vq(assets / "vq")
 # %% [markdown]
 # ## Pictures and captions to items
 #
-# 160 stars, and as many pictures of shapes that the model knows: a model that sees only stars forgets the rest.
+# 160 stars, and 800 pictures of shapes that the model knows: a model that sees only stars forgets the rest.
 
 # %%
 specs = splits.fine_tuning()
