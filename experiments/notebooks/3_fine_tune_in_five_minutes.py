@@ -26,7 +26,7 @@ import torch
 from experiments.demo import grader, shapes, splits
 from lumina_fn import checkpoint, data, optim, prompt, sample, train, vq
 
-STEPS, BATCH = 120, 32
+STEPS, BATCH = 300, 32
 home = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "pyproject.toml").exists())
 assets = home / "experiments/demo/assets"
 tokenizer = prompt.load_tokenizer(assets / "lm")
