@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = settings.parse(Settings, __doc__, argv)
     _check(run)
     out = files.place(run.out, [run.model, run.features])
+    with files.writable(out):
+        _check_free(out, run.overwrite)  # loading a large model takes minutes
     device = settings.device(run.device)
     compute = _dtype(run.dtype, device)
     features = data.FeatureSet(run.features)
@@ -180,12 +182,14 @@ def run_folder(out: Path, overwrite: bool) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         with files.writable(out):
-            _clear(out, overwrite)
+            _check_free(out, overwrite)
+            if out.exists():
+                shutil.rmtree(out)
             out.mkdir()
         yield
 
 
-def _clear(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
@@ -195,7 +199,6 @@ def _clear(out: Path, overwrite: bool) -> None:
         raise InputError(
             f"{out} is no run's folder{f' (it holds {strangers[0]})' if strangers else ''}: give another place"
         )
-    shutil.rmtree(out)
 
 
 def _check(run: Settings) -> None:

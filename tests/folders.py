@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.demo import tokenizer as small_tokenizer
+from lumina_fn.vocab import Ids
+
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENIZER = GOLDENS / "tokens" / "toy_tokenizer_bpe"
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -68,3 +71,11 @@ def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Same keys, dtypes, shapes and bits."""
     bits = lambda t: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return a.keys() == b.keys() and all(bits(a[key]) == bits(b[key]) for key in a)
+
+
+def write_tokenizer(folder: Path, codes: int) -> Ids:
+    """The embedded default's tokenizer with a model's ids for this many image codes beside it; returns those."""
+    built, ids = small_tokenizer.build(codes)
+    small_tokenizer.save(folder, built)
+    (folder / "config.json").write_text(json.dumps({"ids": vars(ids)}))
+    return ids

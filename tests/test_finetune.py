@@ -14,9 +14,9 @@ import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 
 from experiments import finetune
-from experiments.demo import tokenizer as small_tokenizer
 from lumina_fn import checkpoint, convert, data, errors, model, prompt, sources, train
 from lumina_fn.config import ModelConfig
+from tests import folders
 
 CODES = 16
 
@@ -25,10 +25,7 @@ CODES = 16
 def tokens(tmp_path_factory):
     """A tokenizer's folder and its ids."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    built, ids = small_tokenizer.build(CODES)
-    small_tokenizer.save(folder, built)
-    (folder / "config.json").write_text(json.dumps({"ids": vars(ids)}))
-    return folder, ids
+    return folder, folders.write_tokenizer(folder, CODES)
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +178,7 @@ def test_an_existing_run_is_not_touched(call, tmp_path):
     assert code == 2
     assert "--overwrite" in line
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert "--overwrite" in call(*settings, model=tmp_path / "nowhere")[1][0]  # told before a model is looked for
     assert call(*settings, "--overwrite")[0] == 0
 
 

@@ -11,9 +11,9 @@ import torch.utils._pytree as pytree
 from PIL import Image
 
 from experiments import sample as command
-from experiments.demo import tokenizer as small_tokenizer
 from lumina_fn import checkpoint, errors, model, prompt, sample, vq
 from lumina_fn.config import ModelConfig, VQConfig
+from tests import folders
 
 CODES = 64
 VQ = VQConfig(channels=8, multipliers=(1, 1, 1, 1), res_blocks=1, codes=CODES, groups=4)
@@ -23,10 +23,7 @@ VQ = VQConfig(channels=8, multipliers=(1, 1, 1, 1), res_blocks=1, codes=CODES, g
 def tokens(tmp_path_factory):
     """A tokenizer's folder and its ids."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    built, ids = small_tokenizer.build(CODES)
-    small_tokenizer.save(folder, built)
-    (folder / "config.json").write_text(json.dumps({"ids": vars(ids)}))
-    return folder, ids
+    return folder, folders.write_tokenizer(folder, CODES)
 
 
 def save_lm(path, tokens, **changes):

@@ -24,7 +24,7 @@ from experiments.demo.train_vq import to_unit
 from experiments.settings import parse
 from lumina_fn import checkpoint, data, errors, model, optim, prompt, sample, train, vq
 from lumina_fn.config import ModelConfig, VQConfig
-from lumina_fn.vocab import IGNORE, PAD, Ids
+from lumina_fn.vocab import Ids
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,11 @@ def batches(items: list[list[data.Item]], ids: Ids, s: Settings) -> Iterator[tra
     for n in range(s.steps):
         order = np.random.default_rng((s.seed, 0, n // per_epoch)).permutation(len(items))
         rng = np.random.default_rng((s.seed, 1, n))
-        tokens, labels = torch.full((s.batch, width), PAD), torch.full((s.batch, width), IGNORE)
-        for row, i in enumerate(order[n % per_epoch * s.batch :][: s.batch]):
+        rows = []
+        for i in order[n % per_epoch * s.batch :][: s.batch]:
             item = items[i][int(rng.random() < s.no_size)]
-            if rng.random() < s.caption_drop:
-                item = data.drop_caption(*item, ids.end)
-            tokens[row, : len(item[0])], labels[row, : len(item[1])] = (torch.tensor(x) for x in item)
-        yield train.Batch(tokens, labels)
+            rows.append(data.drop_caption(*item, ids.end) if rng.random() < s.caption_drop else item)
+        yield data.batch(rows, max_positions=width, multiple=width)
 
 
 def accuracy(
