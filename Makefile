@@ -24,6 +24,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m experiments.demo
 
+# Tensors of tests are tiny: a second thread costs more than it gives.
+test test-fast: export OMP_NUM_THREADS := 1
+
 test: setup
 	$(BIN)/python -m pytest -q
 

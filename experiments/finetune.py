@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     features = data.FeatureSet(run.features)
     masters = torch.float64 if compute == torch.float64 else torch.float32
     params, cfg = checkpoint.load_model(run.model, device, masters)
-    cfg = replace(cfg, masked_ids=())  # fine-tuning leaves mask_image_logits off: pictures are what it predicts
+    # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
+    cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
     _check_features(run, features, cfg)
     with run_folder(run.out, run.overwrite):
         state = finetune(run, params, cfg, features, device, compute)
@@ -224,6 +225,9 @@ def _check_features(run: Settings, features: data.FeatureSet, cfg: ModelConfig) 
                 f"{run.features} was made with tokenizer {features.origin.tokenizer[:12]}, {run.model} has {own[:12]}: "
                 "run experiments.pretokenize with this model"
             )
+    else:
+        note = f"{run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
+        print(errors.printable(f"note: {note}"), file=sys.stderr)
     longest = max(features.lengths())
     if longest > cfg.max_positions:
         print(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}", file=sys.stderr)

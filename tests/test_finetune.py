@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,20 @@ def test_the_model_folder_is_not_opened_for_every_tensor(call, monkeypatch):
     monkeypatch.setattr(sources, "open_source", lambda path: opened.append(path) or open_source(path))
     assert call("--steps", 1)[0] == 0
     assert len(opened) <= 2
+
+
+def test_a_model_without_a_tokenizer_is_tuned_and_takes_one_later(call, tmp_path, lm, tokens):
+    """A folder that MindSpeed-MM's mm-convert wrote holds the weights alone."""
+    bare = tmp_path / "mindspeed"
+    convert.main([str(lm), str(bare), "--to", "mindspeed"])
+    for path in bare.glob("*.json"):
+        path.unlink()
+    code, lines = call("--steps", 1, model=bare)
+    assert code == 0
+    assert any(f"{bare} has no tokenizer" in line for line in lines)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lm / name, tmp_path / "run" / "model" / name)
+    assert prompt.load_tokenizer(tmp_path / "run" / "model").ids == tokens[1]
 
 
 def test_the_loop_is_the_step(call, tmp_path, lm, tokens):

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from experiments import finetune, pretokenize, sample, settings
-from experiments.demo import report, shapes, splits, tasks
+from experiments.demo import emoji_set, report, shapes, splits, tasks
 from experiments.demo.grader import grade
 from lumina_fn import convert, errors, files
 
@@ -29,10 +29,17 @@ SHOWN_NEW, SHOWN_OLD = 32, 8  # prompts on the sheet, the first of each list
 @dataclass(frozen=True)
 class Settings:
     out: Annotated[Path, "folder of everything this writes"] = tasks.RUN
+    emoji: Annotated[Path | None, "write a folder of emoji pictures and captions here, to fine-tune on, and stop"] = (
+        None
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run = settings.parse(Settings, __doc__, argv).out
+    chosen = settings.parse(Settings, __doc__, argv)
+    if chosen.emoji:
+        print(errors.printable(f"{emoji_set.write(chosen.emoji)} pictures: {chosen.emoji / 'data.json'}"))
+        return 0
+    run = chosen.out
     begun = time.perf_counter()
     run.mkdir(parents=True, exist_ok=True)
     new, old = splits.new_reported(), splits.old_reported()
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command("lumina_fn.convert", convert.main, tasks.convert_arguments(run))
     command("experiments.pretokenize", pretokenize.main, tasks.pretokenize_arguments(data, run))
     command("experiments.sample", sample.main, tasks.sample_arguments(run / "lm", prompts, run / "before"))
-    if command("experiments.finetune", finetune.main, tasks.finetune_arguments(run)):
+    if command("experiments.finetune", finetune.main, tasks.finetune_flags(run)):
         return 1
     command("experiments.sample", sample.main, tasks.sample_arguments(run / "finetune/model", prompts, run / "after"))
 

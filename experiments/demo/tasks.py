@@ -39,17 +39,19 @@ def pretokenize_arguments(data: Path, run: Path = RUN) -> list[str]:
     return [str(data), str(run / "features"), "--model", str(run / "lm"), "--vq", str(VQ), *sizes, "--overwrite"]
 
 
-def finetune_arguments(run: Path = RUN) -> list[str]:
-    """Arguments of the fine-tune that teaches the new shape, once its model and features are written under `run`."""
-    if not (run / "lm").exists():
-        convert.main(convert_arguments(run))
-    if not (run / "features").exists():
-        pretokenize.main(pretokenize_arguments(prepare(run / "data", splits.fine_tuning()), run))
+def finetune_flags(run: Path = RUN) -> list[str]:
     return [
         "--model", str(run / "lm"), "--features", str(run / "features"), "--out", str(run / "finetune"),
         "--steps", "300", "--batch", "32", "--micro-batch", "32", "--lr", "1e-3", "--warmup", "20", "--schedule", "cosine",
         "--overwrite",
     ]  # fmt: skip
+
+
+def finetune_arguments(run: Path = RUN) -> list[str]:
+    """Arguments of the fine-tune that teaches the new shape; its model and features are written under `run` first."""
+    convert.main(convert_arguments(run))
+    pretokenize.main(pretokenize_arguments(prepare(run / "data", splits.fine_tuning()), run))
+    return finetune_flags(run)
 
 
 def sample_arguments(model: Path, prompts: Path, out: Path) -> list[str]:

@@ -1,0 +1,105 @@
+"""Every block of README.md and docs/ is run as written, in a copy of the project, or says in a comment what it needs.
+
+A comment `<!-- needs: weights -->` (or hardware, network) right before a block keeps it from being run. Its commands are then called
+in an empty folder, where they must fail for want of a file, not of a flag. `<!-- run by: make -->`: the targets themselves.
+"""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from lumina_fn.errors import InputError
+from tests import project_copy
+from tests.project_copy import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+RUN, SHOWN = {"bash", "python"}, {"text", "json"}
+NEEDS = {"hardware", "network", "weights"}
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    mark: str | None
+    language: str
+    text: str
+
+
+def read(name: str, page: str) -> list[Block]:
+    return [
+        Block(name, page.count("\n", 0, found.start("text")), found["mark"], found["language"], found["text"])
+        for found in FENCE.finditer(page)
+    ]
+
+
+BLOCKS = [block for path in PAGES for block in read(path.name, path.read_text())]
+COMMANDS = [b for b in BLOCKS if b.language in RUN]
+where = lambda block: f"{block.page}:{block.line}"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return project_copy.make(tmp_path_factory.mktemp("readme") / "project")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in COMMANDS if b.mark is None], ids=where)
+def test_block_runs(block, copy):
+    """The blocks of a page run in order, in one folder: a later one may use what an earlier one left."""
+    program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+    environment = project_copy.environment(copy)
+    done = subprocess.run([*program, block.text], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=where)
+def test_block_is_run_or_says_why_not(block):
+    assert block.language in RUN | SHOWN
+    if block.mark is None:
+        return
+    kind, _, what = block.mark.partition(": ")
+    assert block.language == "bash"
+    assert (kind == "needs" and what in NEEDS) or block.mark == "run by: make"
+    if kind == "run by":
+        targets = re.findall(r"^make ([\w-]+)", block.text, re.MULTILINE)
+        assert targets
+        for target in targets:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def ours(block: Block) -> list[list[str]]:
+    """The `python -m` commands of a block, each as its module and arguments."""
+    lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
+    return [words[2:] for words in lines if words[:2] == ["python", "-m"]]
+
+
+@pytest.mark.parametrize(
+    "command", [c for b in COMMANDS if b.mark and b.mark.startswith("needs") for c in ours(b)], ids=" ".join
+)
+def test_command_that_needs_something_has_the_right_flags(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        importlib.import_module(command[0]).main(command[1:])
+    assert "--help" not in str(error.value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_no_block_is_overlooked():
+    for path in PAGES:
+        assert len(re.findall(r"^\s*(?:```|~~~)", path.read_text(), re.MULTILINE)) == 2 * sum(
+            b.page == path.name for b in BLOCKS
+        )
