@@ -4,7 +4,6 @@
 Ranks form a grid: `shards` hold the parts of one copy, `replicas` hold the same part of different copies.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -43,7 +42,9 @@ class Mesh:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy {self.strategy!r}: expected one of {', '.join(STRATEGIES)}")
         if torch.float16 in (self.param_dtype, self.reduce_dtype):
-            raise ValueError("float16 gradients underflow without loss scaling, which is not offered: use bfloat16 or float32")
+            raise ValueError(
+                "float16 gradients underflow without loss scaling, which is not offered: use bfloat16 or float32"
+            )
         name = self.group if isinstance(self.group, str) else self.group.group_name
         world, alone = (name, self.size), (name, 1)
         if self.strategy.startswith("hybrid"):
@@ -69,7 +70,9 @@ def _grid(rank: int, size: int, shard_size: int | None) -> tuple[Group, Group]:
         raise ValueError(f"shard_size {shard_size}: expected a divisor of the {size} ranks")
     rows = [list(range(a, a + shard_size)) for a in range(0, size, shard_size)]
     columns = [list(range(a, size, shard_size)) for a in range(shard_size)]
-    mine = lambda ranks: next(g for g in [dist.new_group(r) if len(ranks) else None for r in ranks] if dist.get_rank(g) >= 0)
+    mine = lambda ranks: next(
+        g for g in [dist.new_group(r) if len(ranks) else None for r in ranks] if dist.get_rank(g) >= 0
+    )
     shards, replicas = mine(rows), mine(columns)
     return (shards.group_name, shard_size), (replicas.group_name, size // shard_size)
 
@@ -87,7 +90,9 @@ class Sharded:
 
 
 pytree.register_pytree_node(Sharded, lambda s: ([s.part], s.layout), lambda parts, layout: Sharded(*parts, layout))
-optree.register_pytree_node(Sharded, lambda s: ((s.part,), s.layout), lambda layout, parts: Sharded(*parts, layout), namespace="lumina")
+optree.register_pytree_node(
+    Sharded, lambda s: ((s.part,), s.layout), lambda layout, parts: Sharded(*parts, layout), namespace="lumina"
+)
 
 
 def flatten(tree: Any, parts: int) -> tuple[Float[Tensor, " n"], Layout]:

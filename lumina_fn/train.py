@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ops
 from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
-from lumina_fn.model import Block, Head, Params, block, init, rope, trunk
+from lumina_fn.model import Head, Params, block, init, over_units, rope, trunk
 from lumina_fn.optim import AdamW
 from lumina_fn.sharding import Mesh
 from lumina_fn.transform import compiled_vjp, inductor, jit, remat
@@ -46,12 +46,6 @@ def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainSta
     zeros = lambda: pytree.tree_map(torch.zeros_like, params)
     zero = lambda: torch.zeros((), dtype=torch.int64, device=pytree.tree_leaves(params)[0].device)
     return TrainState(zero(), params, zeros(), zeros(), zero(), zero())
-
-
-def over_units(fn: Callable, *trees: Params) -> Params:
-    """fn of each unit (the embedding, each block, the head) of one or several trees: what is gathered at a time."""
-    embed, blocks, head = zip(*trees, strict=True)
-    return Params(fn(*embed), tuple(fn(*units) for units in zip(*blocks, strict=True)), fn(*head))
 
 
 def predicted(labels: Tensor, cfg: ModelConfig) -> Int[Tensor, ""]:

@@ -1,9 +1,7 @@
 """N processes over N shards compute what one process computes with vmap over the same shards."""
 
 import itertools
-import os
 import tempfile
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
 from torch.func import grad_and_value, vmap
 
-from lumina_fn import model, optim, sharding, train
+from lumina_fn import checkpoint, model, optim, sharding, train
 from lumina_fn.config import ModelConfig
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
@@ -26,7 +24,9 @@ def batches(size: int) -> list[train.Batch]:
     result = []
     for _ in range(STEPS):
         tokens = torch.randint(TINY.vocab, (size, A, B, T), generator=generator)
-        labels = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)  # ranks predict different counts
+        labels = tokens.masked_fill(
+            torch.rand(tokens.shape, generator=generator) < 0.3, -100
+        )  # ranks predict different counts
         result.append(train.Batch(tokens, labels))
     return result
 
@@ -66,7 +66,7 @@ def worker(rank: int, size: int, cases, folder: str) -> None:
             state, metrics = step(state, train.Batch(batch.tokens[rank], batch.labels[rank]))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-        whole = train.over_units(lambda unit: sharding.unshard(unit, mesh), state.params)  # noqa: B023
+        whole = model.over_units(lambda unit: sharding.unshard(unit, mesh), state.params)  # noqa: B023
         results[case] = (whole, losses, norms)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -95,3 +95,29 @@ def test_every_strategy_equals_one_process(size):
     strategies = [("fsdp", None), ("sdp", None), ("no", None), *dict.fromkeys(hybrids)]
     remats = [(("remat", True),), (("remat", False),)]
     check(size, [(s, n, r) for (s, n), r in itertools.product(strategies, remats)])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts_are_loaded_as_the_whole_would_be_cut(size, tmp_path):
+    params = model.init(TINY)
+    checkpoint.save_model(tmp_path / "lm", params, TINY)
+    for rank in range(size):
+        mesh = sharding.Mesh("none", rank, size)
+        got, cfg = checkpoint.load_parts(tmp_path / "lm", mesh)
+        want = model.over_units(lambda unit: sharding.shard(unit, mesh), params)  # noqa: B023
+        assert cfg == TINY
+        assert pytree.tree_structure(got) == pytree.tree_structure(want)
+        assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_one_process():
+    check(2, [(s, None, (("compile", "blocks"),)) for s in ("fsdp", "sdp", "no")])
+
+
+def test_float16_is_refused_with_the_reason():
+    for bad in ({"param_dtype": torch.float16}, {"reduce_dtype": torch.float16}):
+        with pytest.raises(ValueError, match="loss scaling"):
+            sharding.Mesh("none", 0, 1, **bad)
+    with pytest.raises(ValueError, match="divisor of the 4 ranks"):
+        sharding.Mesh("none", 0, 4, strategy="hybrid", shard_size=3)
