@@ -24,14 +24,16 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m experiments.demo
 
-# Tensors of tests are tiny: a second thread costs more than it gives.
+# Tensors of tests are tiny: a second thread costs more than it gives, a second process does not.
+# A file's tests stay in one process and in order: blocks of the README build on each other.
 test test-fast: export OMP_NUM_THREADS := 1
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

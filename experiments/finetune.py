@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import settings
-from lumina_fn import batches, checkpoint, data, errors, optim, prompt, train
+from lumina_fn import batches, checkpoint, data, errors, files, optim, prompt, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from lumina_fn.train import TrainState
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = tasks.finetune_arguments()
     run = settings.parse(Settings, __doc__, argv)
     _check(run)
+    out = files.place(run.out, [run.model, run.features])
     device = settings.device(run.device)
     compute = _dtype(run.dtype, device)
     features = data.FeatureSet(run.features)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
     _check_features(run, features, cfg)
-    with run_folder(run.out, run.overwrite):
+    with run_folder(out, run.overwrite):
         state = finetune(run, params, cfg, features, device, compute)
         broken = int(state.streak) >= STREAK
         folder = run.out / ("last_good" if broken else "model")
@@ -132,7 +133,7 @@ class Log:
     def __init__(self, path: Path, steps: int):
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(console=self.console, disable=not self.console.is_terminal)
-        self.file: TextIO = path.open("w", encoding="utf-8")
+        self.path = path
         self.task = self.progress.add_task("training", total=steps)
         self.tokens, self.start = 0, time.perf_counter()
 
@@ -142,7 +143,6 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.progress.stop()
-        self.file.close()
 
     def count(self, batch: train.Batch) -> None:
         """Take note of a step's tokens, padding included: the shapes are known, the contents are on the device."""
@@ -154,8 +154,8 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
         row = {"step": step, **finite, "tokens_per_second": self.tokens / (now - self.start)}
         self.tokens, self.start = 0, now
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with files.writable(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         shown = {**values, "tokens_per_second": row["tokens_per_second"]}
         line = "  ".join(f"{name} {shown[name]:.4g}" for name in SHOWN)
         self.console.print(f"step {step}  {line}", markup=False, soft_wrap=True)
@@ -164,9 +164,11 @@ class Log:
 @contextmanager
 def run_folder(out: Path, overwrite: bool) -> Iterator[None]:
     """OUT, made and locked by this process; what an earlier run left there is an error, or removed with `overwrite`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f".{out.name}.lock")
-    with lock.open("a+") as file:
+    with files.writable(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # The root has no name, and is never free.
+        opened = (out.parent / f".{out.name}.lock").open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -177,8 +179,9 @@ def run_folder(out: Path, overwrite: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        _clear(out, overwrite)
-        out.mkdir()
+        with files.writable(out):
+            _clear(out, overwrite)
+            out.mkdir()
         yield
 
 
@@ -199,12 +202,13 @@ def _check(run: Settings) -> None:
     for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0)):
         if getattr(run, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected at least {least}")
-    for name in ("lr", "clip"):
-        if not getattr(run, name) > 0:
-            raise InputError(f"--{name} {getattr(run, name)}: expected a positive number")
+    if not 0 < run.lr < math.inf:
+        raise InputError(f"--lr {run.lr}: expected a positive, finite number")
+    if not run.clip > 0:
+        raise InputError(f"--clip {run.clip}: expected a positive number (inf: never)")
     for name in ("weight_decay", "z_weight"):
-        if not getattr(run, name) >= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected 0 or more")
+        if not 0 <= getattr(run, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected a finite number, at least 0")
     if not 0 <= run.caption_drop <= 1:
         raise InputError(f"--caption-drop {run.caption_drop}: expected a probability from 0 to 1")
 

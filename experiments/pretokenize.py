@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, tokenizer)
     rows = dataset.read_rows(run.data)
+    files.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
     with files.new_folder(run.out, run.overwrite) as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq)
         if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
@@ -168,6 +169,7 @@ def _kept(results: Iterator[data.Feature | Rejected], count: int, rejected: list
 
 
 def _check(run: Settings, tokenizer: Tokenizer) -> None:
+    images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
     if run.batch < 1:
         raise InputError(f"--batch {run.batch}: expected at least 1")

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = read_prompts(run)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, captions, tokenizer)
+    files.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
     device = settings.device(run.device)
     dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
     with files.new_folder(run.out, run.overwrite) as folder:

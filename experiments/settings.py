@@ -55,6 +55,9 @@ def device(name: str) -> torch.device:
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here: {str(error).splitlines()[0]}") from error
+    if found.type == "meta":
+        raise InputError(f"--device {name}: it holds no numbers; expected a device that computes")
+    return found

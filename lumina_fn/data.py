@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from jaxtyping import Int, Integer
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lumina_fn import prompt
 from lumina_fn.errors import InputError
@@ -137,15 +137,15 @@ def write_features(folder: Path, features: Iterable[Feature], origin: Origin) ->
 
 def write_shard(path: Path, features: Sequence[Feature]) -> None:
     """One file: per item its row, the lengths (text, h, w); and everybody's text ids and codes end to end."""
-    save_file(
+    data = save(
         {
             "rows": np.array([f.row for f in features], np.int64),
             "lengths": np.array([(len(f.text), *f.codes.shape) for f in features], np.int32),
             "text": np.concatenate([np.array(f.text, np.int32) for f in features]),
             "codes": np.concatenate([f.codes.astype(np.uint16).ravel() for f in features]),
-        },
-        path,
+        }
     )
+    path.write_bytes(data)  # save_file would hide a full disk in an error of its own
 
 
 class _Shard(NamedTuple):
@@ -174,11 +174,18 @@ class FeatureSet(Sequence[Item]):
             self.largest_id: int = index["largest_id"]  # a model must have more ids than this
             shards = [(folder / Path(s["file"]).name, s["count"]) for s in index["shards"]]
             count = index["count"]
+            if any(
+                type(n) is not int
+                for n in (self.largest_id, *asdict(self.origin.ids).values(), *(n for _, n in shards))
+            ):
+                raise TypeError("ids and counts must be whole numbers")
+            if type(self.origin.tokenizer) is not str:
+                raise TypeError("a fingerprint must be text")
         except OSError as error:
             raise InputError(
                 f"{path}: {error.strerror}; expected a folder written by experiments.pretokenize"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(

@@ -39,6 +39,8 @@ def read_rows(path: Path) -> list[Any]:
         raise InputError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}") from error
+    if not text.strip():
+        raise InputError(f'{path}: the file is empty; expected rows of {{"file": ..., "prompt": ...}}')
     try:
         rows = _loads(text)
     except (ValueError, RecursionError) as error:

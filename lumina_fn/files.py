@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,15 +23,17 @@ def new_folder(dst: str | Path, overwrite: bool = False) -> Iterator[Path]:
     An existing `dst` is an InputError unless `overwrite`; it then stays whole until the new one takes its place in one step.
     What a killed run left behind is removed by the next one with the same `dst`.
     """
-    dst = _place(Path(dst), overwrite)
-    with _writable(dst):
+    dst = place(dst)
+    with writable(dst):
+        _check_free(dst, overwrite)
         dst.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(dst)
         tmp, lock = _locked_sibling(dst)
     try:
-        yield tmp
-        sync(tmp)
-        with _writable(dst):
+        with _full_disk_said(dst):
+            yield tmp
+        with writable(dst):
+            sync(tmp)
             _take_place(tmp, dst, overwrite)
         _sync_one(dst.parent)
     finally:
@@ -43,7 +45,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file so that at every moment its old or its new content is there, whatever is killed."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
-    with _writable(path):
+    with writable(path):
         try:
             with tmp.open("xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -71,27 +73,47 @@ def _sync_one(path: Path) -> None:
         os.close(fd)
 
 
-def _place(dst: Path, overwrite: bool) -> Path:
-    if dst.is_symlink():
-        raise InputError(f"{dst} is a link: name the folder itself, or remove the link")
-    dst = dst.resolve()
+def place(dst: str | Path, inputs: Iterable[Path] = ()) -> Path:
+    """The absolute path of a folder that is to be written; InputError for a link, and for one that holds an input of the run."""
+    with writable(dst):
+        if Path(dst).is_symlink():
+            raise InputError(f"{dst} is a link: name the folder itself, or remove the link")
+        place = Path(os.path.realpath(dst))
+        for path in inputs:
+            if Path(os.path.realpath(path)).is_relative_to(place):
+                raise InputError(f"{dst} holds {path}, which this run reads: give another place")
+    return place
+
+
+def _check_free(dst: Path, overwrite: bool) -> None:
     if not dst.exists():
-        return dst
+        return
     if not dst.is_dir():
         raise InputError(f"{dst} is a file, a new folder is to be written there: give another place")
     if not overwrite:
         raise InputError(f"{dst} exists: give a new place, or --overwrite to replace it")
     if Path.cwd().is_relative_to(dst):
         raise InputError(f"{dst} holds the current folder: it cannot be replaced from inside, give another place")
-    return dst
 
 
 @contextmanager
-def _writable(dst: Path) -> Iterator[None]:
+def writable(dst: str | Path) -> Iterator[None]:
+    """An OSError of the block, such as a full disk, is an InputError that names `dst`."""
     try:
         yield
     except OSError as error:
         raise InputError(f"cannot write {dst}: {error.strerror or error}; give a place that can be written") from error
+
+
+@contextmanager
+def _full_disk_said(dst: Path) -> Iterator[None]:
+    """Only that: any other OSError of a foreign block may come from what it reads."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"cannot write {dst}: {error.strerror}; give a place on a larger disk") from error
 
 
 def _locked_sibling(dst: Path) -> tuple[Path, int]:
@@ -142,4 +164,6 @@ def _renameat2(src: Path, dst: Path, flags: int) -> bool:
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL):  # no such call, or the file system does not know the flag
         return False
+    if code == errno.EEXIST:
+        raise InputError(f"{dst} was written by another run meanwhile: give a new place, or --overwrite to replace it")
     raise OSError(code, os.strerror(code), str(dst))

@@ -151,8 +151,12 @@ def read_ids(own: object, vocab: int, wrong: list[str]) -> Ids | None:
     if own is None:
         return None
     names = [f.name for f in fields(Ids)]
-    if not isinstance(own, Mapping) or set(own) != set(names) or any(type(i) is not int or i < 0 for i in own.values()):
-        wrong.append(f"ids must hold the whole numbers {', '.join(names)}")
+    if (
+        not isinstance(own, Mapping)
+        or set(own) != set(names)
+        or any(type(i) is not int or not 0 <= i <= LARGEST for i in own.values())
+    ):
+        wrong.append(f"ids must hold whole numbers from 0 to {LARGEST}: {', '.join(names)}")
         return None
     fixed = {
         "start": LUMINA_START,

@@ -28,6 +28,7 @@ from lumina_fn.vocab import (
 LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
 CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
 PATCH = 32  # pixels
+LARGEST_ID = 1 << 24  # far above any vocabulary; bounds the sets that are made of ids
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _read_json(path: Path) -> dict:
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file; expected a model folder with its tokenizer's files")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a model folder with its tokenizer's files") from error
-    except ValueError as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not JSON ({error}): it is damaged or a Git LFS pointer, download the file itself"
         ) from error
@@ -162,8 +167,8 @@ def _special_ids(lookup: Callable[[str], int | None], config: dict, folder: Path
     }
     if config.get("vocab_size", sizes.get("vocab")) != LUMINA_VOCAB:
         expected |= own
-    if not all(isinstance(v, int) for v in expected.values()):
-        raise InputError(f"{folder / 'config.json'}: ids must be whole numbers, found {own}")
+    if not all(type(v) is int and 0 <= v <= LARGEST_ID for v in expected.values()):
+        raise InputError(f"{folder / 'config.json'}: ids must be whole numbers up to {LARGEST_ID}, found {own}")
 
     path = folder / "tokenizer.json"
     found = {}

@@ -55,6 +55,8 @@ def companions(folder: Path) -> dict[str, Path]:
 
 def read_json(path: Path) -> dict:
     """A JSON object; InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing or not a regular file")
     if path.stat().st_size > MAX_JSON:
         raise InputError(f"{path} has more than {MAX_JSON} bytes: not a model's")
     try:

@@ -150,7 +150,7 @@ def make_train_step(
     gradients = way(cfg, seam, z_weight=z_weight, keep_inputs=keep_inputs)
     world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
 
-    def step(state: TrainState, batch: Batch):
+    def update(state: TrainState, batch: Batch, lr: Tensor):
         micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
         count = collectives.all_reduce(predicted(batch.labels, cfg), world).clamp(min=1)
         grads, (total, parts) = gradients(state.params, micro[0], count)
@@ -159,7 +159,7 @@ def make_train_step(
             pytree.tree_map(lambda sum_, x: sum_.add_(x), (grads, total, parts), (g, t, m))
         total, *parts = collectives.all_reduce(torch.stack([total, parts["ce"], parts["z"]]), world)
         norm = collectives.all_reduce(optim.global_norm(grads).square(), shards).sqrt()
-        lr = optim.rate(opt, state.step, total.dtype)
+        lr = lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
         skipped = state.skipped + bad
         params, mu, nu = optim.update(
@@ -170,7 +170,10 @@ def make_train_step(
         metrics |= {"skipped": skipped, "streak": streak}
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
-    return jit(step, inductor) if compile == "step" else step
+    run = jit(update, inductor) if compile == "step" else update
+    # The rate stays outside of the trace: it may be any Python function of the step.
+    wide = lambda state: torch.promote_types(pytree.tree_leaves(state.params)[0].dtype, torch.float32)
+    return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
 
 
 def _vjp_first(fn, *primals):

@@ -1,6 +1,7 @@
 """Feature sets give back the items that went in; order, batches and caption drop are functions of their keys."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,23 @@ def test_shards_of_another_set_are_an_input_error(folder):
         data.FeatureSet(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "other"}', '{"format": "lumina_fn/features/1"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", "[" * 100_000, '{"format": "other"}', '{"format": "lumina_fn/features/1"}']
+)
 def test_a_folder_that_is_no_feature_set_is_an_input_error(folder, text):
     (folder / "features.json").write_text(text)
     with pytest.raises(InputError, match=r"features\.json"):
         data.FeatureSet(folder)
     (folder / "features.json").unlink()
     with pytest.raises(InputError, match="pretokenize"):
+        data.FeatureSet(folder)
+
+
+@pytest.mark.parametrize("change", [{"largest_id": "9"}, {"largest_id": math.nan}, {"count": 1.0}])
+def test_an_index_with_odd_numbers_is_an_input_error(folder, change):
+    index = json.loads((folder / "features.json").read_text())
+    (folder / "features.json").write_text(json.dumps(index | change))
+    with pytest.raises(InputError, match=r"features\.json"):
         data.FeatureSet(folder)
 
 

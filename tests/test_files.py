@@ -1,3 +1,5 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +72,24 @@ def test_an_existing_place_is_an_error(tmp_path):
     assert names(tmp_path) == ["dst", "file", "link"]
 
 
+def test_a_place_that_holds_an_input_is_an_error(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "set" / "data.json")
+    for read in (tmp_path / "set", tmp_path / "set" / "data.json", tmp_path / "link"):
+        with pytest.raises(InputError, match="which this run reads"):
+            files.place(tmp_path / "set", [read])
+    assert files.place(tmp_path / "set" / "out", [tmp_path / "set"]) == tmp_path / "set" / "out"
+
+
+def test_a_full_disk_is_an_input_error_that_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="dst: No space left"), files.new_folder(tmp_path / "dst"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="not ours") as other, files.new_folder(tmp_path / "dst"):
+        raise OSError(errno.EIO, "not ours")
+    assert not isinstance(other.value, InputError)
+    assert names(tmp_path) == []
+
+
 def test_a_place_that_appears_meanwhile_is_an_error(tmp_path):
     dst = tmp_path / "dst"
     with pytest.raises(InputError, match="dst"), files.new_folder(dst):
@@ -87,6 +107,10 @@ def test_an_unwritable_parent_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / "file" / "dst"):
         pass
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("a" * 300, "loop/dst"):
+        with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / name):
+            pass
     with pytest.raises(InputError, match="cannot write"):
         files.write_atomic(tmp_path / "missing" / "a", "text")
 

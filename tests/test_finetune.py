@@ -158,6 +158,7 @@ def test_image_logits_are_unmasked_for_training(call, tmp_path, lm):
 
 BAD_FLAGS = [
     (["--steps", "0"], "--steps"), (["--batch", "0"], "--batch"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
+    (["--lr", "inf"], "--lr"), (["--weight-decay", "inf"], "--weight-decay"), (["--z-weight", "nan"], "--z-weight"), (["--device", "meta"], "meta"),
     (["--caption-drop", "2"], "--caption-drop"), (["--schedule", "step"], "--schedule"), (["--device", "abacus"], "abacus"),
     (["--steps", "many"], "--steps"), (["--colour", "red"], "--colour"), (["--last", "drop", "--batch", "8"], "--batch 8"),
 ]  # fmt: skip
@@ -190,6 +191,25 @@ def test_a_folder_of_something_else_is_never_removed(call, tmp_path):
     assert code == 2
     assert "thesis.txt" in line
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_does_not_remove_the_model_it_starts_from(call, tmp_path):
+    call("--steps", 1)
+    code, (line,) = call("--steps", 1, "--overwrite", model=tmp_path / "run" / "model")
+    assert code == 2
+    assert "holds" in line
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_places_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file/run", "a" * 300, "link"):
+        code, lines = call("--steps", 1, out=tmp_path / name)
+        assert (code, len(lines)) == (2, 1), lines
+    for out in (".", "/"):
+        code, lines = call("--steps", 1, "--overwrite", out=out)
+        assert (code, len(lines)) == (2, 1), lines
 
 
 def test_a_second_writer_is_told_who_is_first(call, tmp_path):

@@ -262,7 +262,7 @@ def test_no_usable_row_exits_2_and_leaves_the_reasons(tmp_path, call):
     ("text", "says"),
     [
         ("[]", "empty"),
-        ("", "JSON"),
+        ("", "empty"),
         ("[{]", "JSON"),
         ("3", "list"),
         ("[" * 100_000, "JSON"),
@@ -322,6 +322,14 @@ def test_a_vq_that_does_not_fit_the_model_exits_2(tmp_path, call, picture):
     code, lines = call([row("x.png")], vq=tmp_path / "vq")
     assert (code, len(lines)) == (2, 1)
     assert "64 codes of 4 pixels" in lines[0]
+
+
+def test_overwrite_never_removes_the_dataset(tmp_path, call, picture):
+    picture("x.png")
+    code, (line,) = call([row("x.png")], "--overwrite", out=tmp_path / "set")
+    assert code == 2
+    assert "which this run reads" in line
+    assert (tmp_path / "set" / "data.json").exists()
 
 
 def test_overwrite_replaces(tmp_path, call, picture):

@@ -203,6 +203,15 @@ def test_an_existing_folder_is_kept_unless_told(call, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"0000_00.png", "samples.jsonl"}
 
 
+def test_overwrite_never_removes_what_is_read(call, tmp_path, lm):
+    prompts = lines(tmp_path, "a")
+    for out, flags in ((lm, ("--prompt", "a")), (tmp_path, ("--prompts", prompts))):
+        code, (line,) = call(*flags, "--overwrite", out=out)
+        assert code == 2
+        assert "which this run reads" in line
+    assert prompts.exists()
+
+
 def test_escapes_in_a_prompt_reach_no_terminal(call, tmp_path, capsys):
     assert call("--prompt", "a \x1b[31mred\x1b[0m cat [link=x]") == (0, [])
     code, (line,) = call("--prompt", "a", out=tmp_path / "\x1b[2Jout", vq="/no\x1b[2Jwhere")

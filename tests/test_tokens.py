@@ -1,6 +1,7 @@
 """Ids and labels against the reference's, the grammar of an image, and tokenizers that do not fit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -219,10 +220,24 @@ def test_bos_and_eos(folder):
         prompt.load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', "\xff", "[" * 100_000])
 def test_a_broken_tokenizer_file_is_an_input_error(folder, text):
     (folder / "tokenizer.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"tokenizer\.json"):
+        prompt.load_tokenizer(folder)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder):
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(InputError, match=f"{name}: not a regular file"):
+            prompt.load_tokenizer(folder)
+
+
+def test_ids_beyond_any_vocabulary_are_an_input_error(folder):
+    (folder / "config.json").write_text('{"ids": {"codes": 1000000000}}')
+    with pytest.raises(InputError, match="whole numbers up to"):
         prompt.load_tokenizer(folder)
 
 

@@ -187,6 +187,13 @@ def test_decay_reaches_every_parameter():
     assert all((leaf - (1 - 1e-2 * 0.1)).abs().max() < 1e-9 for leaf in pytree.tree_leaves(state.params))
 
 
+@pytest.mark.parametrize("compile", ["off", pytest.param("step", marks=pytest.mark.slow)])
+def test_the_rate_may_be_any_python_function_of_the_step(compile):
+    opt = OPT._replace(lr=lambda step: 1e-2 if step < 1 else 1e-3 * min(1.0, (step + 1) / 10))
+    for steps, lr in ((1, 1e-2), (2, 2e-4)):
+        assert float(run(steps, batch(2, 8), opt=opt, compile=compile)[1]["lr"]) == pytest.approx(lr)
+
+
 def test_schedules():
     at = lambda schedule, step: float(schedule(torch.tensor(step)))
     warm = optim.constant(2.0, warmup=4)

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "accuracy_after_wilson_lower": round(report.wilson(sum(right_after[:n]), n), 4),
         "accuracy_old_before": share(right_before[n:]), "accuracy_old_after": share(right_after[n:]),
         "new_prompts": n, "old_prompts": len(old), "new_concept": shapes.NEW, "sampling": " ".join(tasks.SAMPLING),
-        "seed": 0, "seconds": round(time.perf_counter() - begun, 1),
+        "pictures": "one per prompt; random numbers of (seed 0, prompts 0, 1, 2, ...); none left out", "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
     show(run, specs, n, list(zip(before, right_before, after, right_after, strict=True)), summary)
     shutil.copyfile(run / "finetune/metrics.jsonl", run / "metrics.jsonl")

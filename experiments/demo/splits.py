@@ -16,9 +16,13 @@ def of_old(first: int, last: int | None) -> list[Spec]:
     return list(chain.from_iterable(shuffled(shape)[first:last] for shape in OLD))
 
 
+def mixed(specs: list[Spec]) -> list[Spec]:
+    return random.Random("lumina demo").sample(specs, len(specs))
+
+
 def old_reported() -> list[Spec]:
     """200 prompts of old shapes that no training saw: what a fine-tune must not lose."""
-    return of_old(0, OLD_REPORTED)
+    return mixed(of_old(0, OLD_REPORTED))
 
 
 def settings() -> list[Spec]:
@@ -34,7 +38,7 @@ def pretraining() -> list[Spec]:
 def fine_tuning() -> list[Spec]:
     """160 pictures of the new shape and 160 that the model knows, so that it keeps knowing them."""
     replay = of_old(OLD_REPORTED + SETTINGS, OLD_REPORTED + SETTINGS + REPLAY)
-    return shuffled(NEW)[:NEW_TRAINING] + replay
+    return shuffled(NEW)[:NEW_TRAINING] + mixed(replay)
 
 
 def new_reported() -> list[Spec]:
