@@ -11,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import files, model, names, sources, tensor_files, vq
+from lumina_fn import files, model, names, sharding, sources, tensor_files, vq
 from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
+from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.tensor_files import Stored
 
 log = logging.getLogger(__name__)
@@ -25,10 +27,37 @@ def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[model.Params, ModelConfig]:
     """The transformer of a native, Hugging Face or MindSpeed release folder; InputError for anything else or damaged."""
+    source = _transformer(path)
+    return _load(source, model.init(source.cfg, device="meta"), device, dtype), source.cfg
+
+
+def _transformer(path: str | Path) -> sources.Source:
     source = sources.open_source(path)
     if not isinstance(source.cfg, ModelConfig):
         raise InputError(f"{path} is {source.what}, expected the transformer: give the language model's folder")
-    return _load(source, model.init(source.cfg, device="meta"), device, dtype), source.cfg
+    return source
+
+
+def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32) -> tuple[model.Params, ModelConfig]:
+    """This rank's part of each unit of a transformer: `load_model` and `shard` without ever holding a whole unit."""
+    source = _transformer(path)
+    like = model.init(source.cfg, device="meta")
+    stored = iter(source.tensors.values())  # in the tree's order
+
+    def part(unit) -> Sharded:
+        leaves = pytree.tree_leaves(unit)
+        whole, layout = sharding.flatten(unit, mesh.shards[1])
+        n = len(whole) // mesh.shards[1]
+        out, first = torch.zeros(n, dtype=dtype, device=mesh.device), mesh.part * n
+        for leaf in leaves:
+            tensor, count = next(stored), leaf.numel()
+            begin, end = max(first, 0), min(first + n, count)
+            if begin < end:
+                tensor_files.read_range(tensor, begin, end, out[begin - first : end - first])
+            first -= count
+        return Sharded(out, layout)
+
+    return model.over_units(part, like), source.cfg
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:

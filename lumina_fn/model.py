@@ -144,6 +144,12 @@ def forward(
     return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
 
 
+def over_units(fn: Callable, *trees: Params) -> Params:
+    """fn of each unit (the embedding, each block, the head) of one or several trees: what is gathered at a time."""
+    embed, blocks, head = zip(*trees, strict=True)
+    return Params(fn(*embed), tuple(fn(*units) for units in zip(*blocks, strict=True)), fn(*head))
+
+
 def init(
     cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Params:

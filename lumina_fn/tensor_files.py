@@ -74,6 +74,18 @@ def read(source: Stored, device: str | torch.device, dtype: torch.dtype) -> Tens
     return out.reshape(source.shape)
 
 
+def read_range(source: Stored, begin: int, end: int, out: Tensor) -> None:
+    """Elements begin .. end of the tensor in row-major order into `out`, of its dtype and on its device; the rest stays unread."""
+    if source.stride is not None:  # rare: a .pt file may store a transposed tensor
+        out.copy_(read(source, out.device, out.dtype).reshape(-1)[begin:end])
+        return
+    size = source.dtype.itemsize
+    part = source._replace(
+        offset=source.offset + begin * size, nbytes=(end - begin) * size, shape=(end - begin,), crc=None
+    )
+    out.copy_(read(part, out.device, out.dtype))
+
+
 def safetensors_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file; InputError if the file is truncated or its header contradicts itself."""
     size = path.stat().st_size

@@ -13,12 +13,14 @@ from torch.func import grad_and_value, vjp
 from torch.nn import functional as F
 
 import ops
-from lumina_fn import optim
+from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
-from lumina_fn.model import Block, Head, Params, block, init, rope, trunk
+from lumina_fn.model import Head, Params, block, init, over_units, rope, trunk
 from lumina_fn.optim import AdamW
+from lumina_fn.sharding import Mesh
 from lumina_fn.transform import compiled_vjp, inductor, jit, remat
 from lumina_fn.vocab import IGNORE
+from ops import collectives
 
 __all__ = ["AdamW", "Batch", "TrainState", "init_state", "loss", "make_train_step"]
 
@@ -37,16 +39,18 @@ class TrainState(NamedTuple):
     streak: Int[Tensor, ""]  # how many of those came last in a row
 
 
-def init_state(params: Params, opt: AdamW, mesh: None = None) -> TrainState:
-    """A state at step 0 over these parameters (not copied)."""
+def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainState:
+    """A state at step 0 over these parameters (not copied), or over this rank's part of each unit of them."""
+    if mesh is not None:
+        params = over_units(lambda unit: sharding.shard(unit, mesh), params)
     zeros = lambda: pytree.tree_map(torch.zeros_like, params)
-    zero = lambda: torch.zeros((), dtype=torch.int64, device=params.embed.device)
+    zero = lambda: torch.zeros((), dtype=torch.int64, device=pytree.tree_leaves(params)[0].device)
     return TrainState(zero(), params, zeros(), zeros(), zero(), zero())
 
 
 def predicted(labels: Tensor, cfg: ModelConfig) -> Int[Tensor, ""]:
-    """How many tokens a batch predicts (at least 1, so that an empty one has loss 0)."""
-    return (labels[..., 1 : cfg.max_positions] != IGNORE).sum().clamp(min=1)
+    """How many tokens a batch predicts."""
+    return (labels[..., 1 : cfg.max_positions] != IGNORE).sum()
 
 
 def head_loss(p: Head, x: Tensor, labels: Tensor, cfg: ModelConfig, *, z_weight: float, count: Tensor):
@@ -64,46 +68,63 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Next-token cross-entropy + z_weight * z-loss, and both; sums over predicted tokens / count (None: this batch's own)."""
     tokens, labels = batch
-    count = predicted(labels, cfg) if count is None else torch.as_tensor(count, device=labels.device)
+    count = predicted(labels, cfg).clamp(min=1) if count is None else torch.as_tensor(count, device=labels.device)
     x = trunk(params, tokens, cfg, gather=gather, remat=remat)
     total, ce, z = head_loss(gather(params.head), x, labels, cfg, z_weight=z_weight, count=count)
     return total, {"ce": ce, "z": z}
+
+
+class Seams(NamedTuple):
+    """How a unit of parameters becomes whole for compute, and how its whole gradients become a unit's again."""
+
+    gather: Callable  # unit -> tree
+    scatter: Callable  # (gradients' tree, unit) -> unit
+    regathers: bool  # whether a whole unit is dropped between forward and backward
+
+
+def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
+    if mesh is not None:
+        return Seams(partial(sharding.gather, mesh=mesh), partial(sharding.scatter, mesh=mesh), mesh.regathers)
+    to = lambda unit: pytree.tree_map(lambda x: x.to(dtype), unit)
+    back = lambda grads, unit: pytree.tree_map(lambda g, x: g.to(x.dtype), grads, unit)
+    return Seams((lambda unit: unit) if dtype is None else to, back, False)
 
 
 # (params, batch, count) -> (gradients, (loss, metrics)): what the ways of making a step differ in.
 Gradients = Callable[[Params, Batch, Tensor], tuple[Params, tuple[Tensor, dict[str, Tensor]]]]
 
 
-def by_func(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, keep_inputs: bool) -> Gradients:
+def by_func(cfg: ModelConfig, seam: Seams, *, z_weight: float, keep_inputs: bool) -> Gradients:
     """Gradients by torch.func over the whole loss: eager, or the inside of a traced step."""
-    objective = partial(
-        loss, cfg=cfg, z_weight=z_weight, gather=cast(dtype), remat=remat if keep_inputs else lambda f: f
-    )
+    again = remat if keep_inputs else lambda f: f
+    objective = partial(loss, cfg=cfg, z_weight=z_weight, gather=seam.gather, remat=again)
     return lambda params, batch, count: grad_and_value(lambda p: objective(p, batch, count=count), has_aux=True)(params)
 
 
-def by_blocks(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, keep_inputs: bool) -> Gradients:
+def by_blocks(cfg: ModelConfig, seam: Seams, *, z_weight: float, keep_inputs: bool) -> Gradients:
     """Gradients by walking the blocks with one compiled (forward, backward) pair; compile time does not grow with depth."""
     spec = pytree.tree_structure(init(replace(cfg, layers=1), device="meta").blocks[0])
     layer = lambda x, angles, *leaves: block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
     forward, backward = compiled_vjp(layer, fixed=(1,), keep_inputs=keep_inputs)
-    to_compute = cast(dtype)
+    whole = lambda unit: pytree.tree_leaves(seam.gather(unit))
 
     def gradients(params: Params, batch: Batch, count: Tensor):
         tokens, labels = batch.tokens[:, : cfg.max_positions], batch.labels
-        x, pull_embed = vjp(lambda table: F.embedding(tokens, to_compute(table)), params.embed)
+        x, pull_embed = vjp(lambda unit: F.embedding(tokens, seam.gather(unit)), params.embed)
         angles, kept = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg), []
-        for p in params.blocks:
-            x, saved = forward(x, angles, *pytree.tree_leaves(to_compute(p)))
-            kept.append(saved)
-        head = lambda p, x: head_loss(to_compute(p), x, labels, cfg, z_weight=z_weight, count=count)
+        for unit in params.blocks:
+            y, saved = forward(x, angles, *whole(unit))
+            kept.append(x if seam.regathers else saved)  # where units are gathered again, only the input is kept
+            x = y
+        head = lambda unit, x: head_loss(seam.gather(unit), x, labels, cfg, z_weight=z_weight, count=count)
         total, pull_head, ce, z = _vjp_first(head, params.head, x)
         d_head, dx = pull_head(torch.ones_like(total))
-        d_blocks: list[Block] = []
-        for p in reversed(params.blocks):
-            dx, *grads = backward(kept.pop(), dx)
-            masters = [g.to(leaf.dtype) for g, leaf in zip(grads, pytree.tree_leaves(p), strict=True)]
-            d_blocks.append(pytree.tree_unflatten(masters, spec))
+        del pull_head, x
+        d_blocks = []
+        for unit in reversed(params.blocks):
+            saved = kept.pop()
+            dx, *grads = backward((saved, angles, *whole(unit)) if seam.regathers else saved, dx)
+            d_blocks.append(seam.scatter(pytree.tree_unflatten(grads, spec), unit))
         (d_embed,) = pull_embed(dx)
         return Params(d_embed, tuple(reversed(d_blocks)), d_head), (total, {"ce": ce, "z": z})
 
@@ -111,47 +132,48 @@ def by_blocks(cfg: ModelConfig, *, z_weight: float, dtype: torch.dtype | None, k
 
 
 def make_train_step(
-    cfg: ModelConfig, opt: AdamW, mesh: None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
-    compile: str = "off", remat: bool = False, donate: bool = False,
+    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
+    compile: str = "off", remat: bool | None = None, donate: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
     """step(state, batch) -> (state, metrics): forward, backward, global-norm clip, AdamW.
 
     A batch is [B T], or [A B T] for A micro batches whose gradients add up to those of the one big batch. Parameters
-    are cast to `dtype` for compute (None: as they are). `compile`: "off" eager, "blocks" a compiled pair walked by
-    hand, "step" the whole step traced and compiled. With donate=True the given state is written over.
-    A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
+    are cast to `dtype` for compute (None: as they are). With a mesh the state is init_state's over that mesh, the batch is
+    this rank's share, parameters are gathered in mesh.param_dtype, and metrics are those of all ranks' batches together.
+    `compile`: "off" eager, "blocks" a compiled pair walked by hand, "step" the whole step traced and compiled.
+    `remat` (None: where units are gathered again) keeps each block's input only. With donate=True the given state is
+    written over. A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
     """
+    seam = seams(mesh, dtype)
+    keep_inputs = seam.regathers if remat is None else remat or (seam.regathers and compile == "blocks")
     way = by_blocks if compile == "blocks" else by_func
-    gradients = way(cfg, z_weight=z_weight, dtype=dtype, keep_inputs=remat)
+    gradients = way(cfg, seam, z_weight=z_weight, keep_inputs=keep_inputs)
+    world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
 
     def update(state: TrainState, batch: Batch, lr: Tensor):
         micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
-        count = predicted(batch.labels, cfg)
+        count = collectives.all_reduce(predicted(batch.labels, cfg), world).clamp(min=1)
         grads, (total, parts) = gradients(state.params, micro[0], count)
         for more in micro[1:]:
             g, (t, m) = gradients(state.params, more, count)
             pytree.tree_map(lambda sum_, x: sum_.add_(x), (grads, total, parts), (g, t, m))
-        norm, lr = optim.global_norm(grads), lr.to(total.dtype)
+        total, *parts = collectives.all_reduce(torch.stack([total, parts["ce"], parts["z"]]), world)
+        norm = collectives.all_reduce(optim.global_norm(grads).square(), shards).sqrt()
+        lr = lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
         skipped = state.skipped + bad
-        count_updates = state.step + 1 - skipped
         params, mu, nu = optim.update(
-            opt, count_updates, lr, norm, bad, state.params, grads, state.mu, state.nu, donate=donate
+            opt, state.step + 1 - skipped, lr, norm, bad, state.params, grads, state.mu, state.nu, donate=donate
         )
         streak = (state.streak + 1) * bad
-        metrics = {"loss": total, **parts, "grad_norm": norm, "lr": lr, "tokens": count}
+        metrics = {"loss": total, "ce": parts[0], "z": parts[1], "grad_norm": norm, "lr": lr, "tokens": count}
         metrics |= {"skipped": skipped, "streak": streak}
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
     run = jit(update, inductor) if compile == "step" else update
     # The rate stays outside of the trace: it may be any Python function of the step.
-    wide = lambda state: torch.promote_types(state.params.embed.dtype, torch.float32)
+    wide = lambda state: torch.promote_types(pytree.tree_leaves(state.params)[0].dtype, torch.float32)
     return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
-
-
-def cast(dtype: torch.dtype | None) -> Callable:
-    """A gather that makes a unit of parameters ready for compute in `dtype`."""
-    return (lambda unit: unit) if dtype is None else lambda unit: pytree.tree_map(lambda x: x.to(dtype), unit)
 
 
 def _vjp_first(fn, *primals):

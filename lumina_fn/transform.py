@@ -95,7 +95,8 @@ def compiled_vjp(
     """fn's (forward, backward), each compiled once per argument shapes and called by hand.
 
     forward(*args) -> (y, saved); backward(saved, dy) -> gradients of the arguments not in `fixed`, in order.
-    keep_inputs=True saves the arguments alone and computes the rest again (remat).
+    keep_inputs=True saves the arguments alone and computes the rest again (remat); `saved` are then equal arguments, wherever
+    they come from.
     """
     pairs: dict[Any, Any] = {}
 
@@ -110,10 +111,10 @@ def compiled_vjp(
         run, pull = pair(args)
         with torch.no_grad():
             y, *saved = run(*args)
-        return y, (pull, saved or args)
+        return y, args if keep_inputs else (pull, saved)
 
     def backward(kept, dy):
-        pull, saved = kept
+        pull, saved = (pair(kept)[1], kept) if keep_inputs else kept
         with torch.no_grad():
             return pull(*saved, dy)
 

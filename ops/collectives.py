@@ -1,0 +1,93 @@
+"""What processes say to each other, as ops: traceable, and opaque to torch.func (torch's own functional collectives are not)."""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from ops.define import define
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    out = x.new_empty(x.numel() * size)
+    dist.all_gather_into_tensor(out, x.contiguous(), group=_group(group))
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
+    out = x.new_empty(x.numel() // size)
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=_group(group))
+    return out
+
+
+def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
+    out = x.clone()
+    dist.all_reduce(out, group=_group(group))
+    return out
+
+
+all_gather_op = define(
+    "all_gather(Tensor x, str group, int size) -> Tensor",
+    fake=lambda x, group, size: x.new_empty(x.numel() * size),
+    default=_all_gather,
+)
+reduce_scatter_op = define(
+    "reduce_scatter(Tensor x, str group, int size) -> Tensor",
+    fake=lambda x, group, size: x.new_empty(x.numel() // size),
+    default=_reduce_scatter,
+)
+all_reduce_op = define(
+    "all_reduce(Tensor x, str group, int size) -> Tensor",
+    fake=lambda x, group, size: torch.empty_like(x),
+    default=_all_reduce,
+)
+
+Group = tuple[str, int]  # a process group's name and size; one of size 1 says nothing
+
+
+def all_gather(x: Float[Tensor, " n"], group: Group) -> Float[Tensor, " size*n"]:
+    """Every rank's vector, one after the other."""
+    return x if group[1] == 1 else all_gather_op(x, *group)
+
+
+def reduce_scatter(x: Float[Tensor, " size*n"], group: Group) -> Float[Tensor, " n"]:
+    """This rank's part of the sum over ranks."""
+    return x if group[1] == 1 else reduce_scatter_op(x, *group)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks."""
+    return x if group[1] == 1 else all_reduce_op(x, *group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(part, group, replicas, param_dtype, reduce_dtype):
+        return all_gather(part.to(param_dtype), group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        part, ctx.group, ctx.replicas, _, ctx.reduce_dtype = inputs
+        ctx.dtype = part.dtype
+
+    @staticmethod
+    def backward(ctx, d):
+        return scatter(d, ctx.group, ctx.replicas, ctx.dtype, ctx.reduce_dtype), None, None, None, None
+
+
+def gather(
+    part: Float[Tensor, " n"], group: Group, replicas: Group, param_dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> Float[Tensor, " size*n"]:
+    """The whole vector in param_dtype; its backward is `scatter`."""
+    return _Gather.apply(part, group, replicas, param_dtype, reduce_dtype)
+
+
+def scatter(
+    d: Float[Tensor, " size*n"], group: Group, replicas: Group, dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> Float[Tensor, " n"]:
+    """This rank's part of the gradients' sum over all ranks, added up in reduce_dtype."""
+    return all_reduce(reduce_scatter(d.to(reduce_dtype), group), replicas).to(dtype)
