@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 
 from lumina_fn import data
-from lumina_fn.train import Batch
+from lumina_fn.loss import Batch
 from lumina_fn.vocab import IGNORE, PAD
 
 

@@ -4,7 +4,10 @@
 Ranks form a grid: `shards` hold the parts of one copy, `replicas` hold the same part of different copies.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import prod
 from typing import Any, NamedTuple
 
@@ -34,6 +37,8 @@ class Mesh:
     param_dtype: torch.dtype = torch.float32  # of gathered parameters
     reduce_dtype: torch.dtype = torch.float32  # of the gradients' sum
     shard_size: int | None = None  # of the hybrids; divides size
+    forward_prefetch: bool = False  # gather the next unit while one computes, where the device has streams
+    backward_prefetch: bool = False
     world: Group = field(init=False)
     shards: Group = field(init=False)
     replicas: Group = field(init=False)
@@ -70,10 +75,7 @@ def _grid(rank: int, size: int, shard_size: int | None) -> tuple[Group, Group]:
         raise ValueError(f"shard_size {shard_size}: expected a divisor of the {size} ranks")
     rows = [list(range(a, a + shard_size)) for a in range(0, size, shard_size)]
     columns = [list(range(a, size, shard_size)) for a in range(shard_size)]
-    mine = lambda ranks: next(
-        g for g in [dist.new_group(r) if len(ranks) else None for r in ranks] if dist.get_rank(g) >= 0
-    )
-    shards, replicas = mine(rows), mine(columns)
+    shards, replicas = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in (rows, columns))
     return (shards.group_name, shard_size), (replicas.group_name, size // shard_size)
 
 
@@ -119,6 +121,34 @@ def gather(unit: Sharded, mesh: Mesh) -> Any:
     """The whole unit in mesh.param_dtype; differentiating it gives each rank its part of the gradients summed over ranks."""
     flat = collectives.gather(unit.part, mesh.shards, mesh.replicas, mesh.param_dtype, mesh.reduce_dtype)
     return unflatten(flat, unit.layout)
+
+
+def ahead(
+    gather: Callable[[Any], Any], units: Iterable[Any], *, device: torch.device | str, prefetch: bool
+) -> Iterator[Any]:
+    """Each unit made whole by `gather`, in order. With prefetch the next one is under way on a stream of its own meanwhile.
+
+    A device without streams, such as a CPU, gathers one after the other: nothing would overlap.
+    """
+    if not prefetch or torch.device(device).type == "cpu":
+        yield from map(gather, units)
+        return
+    main, side = torch.accelerator.current_stream(device), torch.Stream(device)
+    side.wait_stream(main)  # the optimizer may still be writing the parts
+
+    def start(unit):
+        with side:
+            return gather(unit), side.record_event()
+
+    queue = deque(map(start, islice(units := iter(units), 1)))
+    while queue:
+        tree, ready = queue.popleft()
+        queue.extend(map(start, islice(units, 1)))
+        main.wait_event(ready)
+        for leaf in pytree.tree_leaves(tree):
+            leaf.record_stream(main)  # its memory is not given away before main is done with it
+        yield tree
+        del tree
 
 
 def scatter(grads: Any, unit: Sharded, mesh: Mesh) -> Sharded:

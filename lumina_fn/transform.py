@@ -1,7 +1,7 @@
-"""The function transforms that torch.func lacks: remat, jit, and a compiled (forward, backward) pair."""
+"""The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that is walked by hand."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -10,7 +10,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.func import vjp
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ops
@@ -89,70 +89,130 @@ def jit(fn: Callable[..., Any], backend: Backend = keep_graph) -> Callable[..., 
     return wrapped
 
 
-def compiled_vjp(
-    fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_inputs: bool = False, backend: Backend = inductor
-):
-    """fn's (forward, backward), each compiled once per argument shapes and called by hand.
+class Pair(NamedTuple):
+    """A function of (x, *others) and its backward, called by hand: the caller decides what lives in between.
 
-    forward(*args) -> (y, saved); backward(saved, dy) -> gradients of the arguments not in `fixed`, in order.
-    keep_inputs=True saves the arguments alone and computes the rest again (remat); `saved` are then equal arguments, wherever
-    they come from.
+    forward(x, *others) -> (y, residuals); backward(residuals, x, *others, dy) -> gradients of the arguments that are not
+    fixed, in order. The residuals are what the backward needs beyond the arguments, which it is given again: the others
+    may have been dropped and made anew in between.
     """
-    pairs: dict[Any, Any] = {}
 
-    def pair(args):
+    forward: Callable[..., tuple[Tensor, Any]]
+    backward: Callable[..., list[Tensor]]
+
+
+def eager_pair(fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_inputs: bool = False) -> Pair:
+    """fn's pair as torch.func computes it, for a trace to see through. Residuals hold the arguments too, unless keep_inputs."""
+    free = lambda args: [i for i in range(len(args)) if i not in fixed]
+
+    def of_free(*args):
+        def call(*xs):
+            whole = list(args)
+            for i, x in zip(free(args), xs, strict=True):
+                whole[i] = x
+            return fn(*whole)
+
+        return vjp(call, *(args[i] for i in free(args)))
+
+    if keep_inputs:
+        return Pair(lambda *args: (fn(*args), ()), lambda _, *args: of_free(*args[:-1])[1](args[-1]))
+    return Pair(of_free, lambda pull, *args: pull(args[-1]))
+
+
+def compiled_pair(
+    fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_inputs: bool = False, backend: Backend = inductor
+) -> Pair:
+    """fn's pair, compiled once per argument shapes. keep_inputs=True leaves no residuals and computes all again (remat)."""
+    pairs: dict[Any, Pair] = {}
+
+    def pair(args) -> Pair:
         key = tuple((x.shape, x.dtype, x.device) for x in args)
         if key not in pairs:
-            build = _recomputing_pair if keep_inputs else _saving_pair
+            build = _recomputing if keep_inputs else _saving
             pairs[key] = build(fn, [torch.empty_like(x) for x in args], fixed, backend)
         return pairs[key]
 
     def forward(*args):
-        run, pull = pair(args)
+        run = pair(args).forward
         with torch.no_grad():
-            y, *saved = run(*args)
-        return y, args if keep_inputs else (pull, saved)
+            return run(*args)
 
-    def backward(kept, dy):
-        pull, saved = (pair(kept)[1], kept) if keep_inputs else kept
+    def backward(residuals, *args):
+        pull = pair(args[:-1]).backward
         with torch.no_grad():
-            return pull(*saved, dy)
+            return pull(residuals, *args)
 
-    return forward, backward
+    return Pair(forward, backward)
 
 
-def _saving_pair(fn, examples, fixed, backend):
+def _recomputing(fn, examples, fixed, backend) -> Pair:
+    """fn alone, and its vjp from the arguments."""
+    backward = eager_pair(fn, fixed=fixed, keep_inputs=True).backward
+    dy = torch.empty_like(fn(*(x.to("meta") for x in examples)), device=examples[0].device)
+    trace = lambda f: make_fx(f, decomposition_table=ops.REFERENCES, tracing_mode="fake")
+    run = backend(trace(fn)(*examples), examples)
+    pull = backend(trace(lambda *args: backward((), *args))(*examples, dy), [*examples, dy])
+    return Pair(lambda *args: (run(*args), ()), lambda _, *args: pull(*args))
+
+
+def _saving(fn, examples, fixed, backend) -> Pair:
     """The joint graph of fn and its vjp, cut where the fewest bytes are kept."""
     flat = [x.requires_grad_(i not in fixed) for i, x in enumerate(examples)]
     decompositions = {**select_decomp_table(), **ops.REFERENCES}
     joint = aot_export_joint_simple(lambda *xs: (fn(*xs),), flat, trace_joint=True, decompositions=decompositions)
-    run, pull = min_cut_rematerialization_partition(joint, flat, num_fwd_outputs=1)
-    run, pull = (backend(graph, inputs_of(graph)) for graph in (run, pull))
-    return run, lambda *args: [g for i, g in enumerate(pull(*args)) if i not in fixed]
+    graphs = _take_arguments_again(*min_cut_rematerialization_partition(joint, flat, num_fwd_outputs=1))
+    run, pull = (backend(graph, inputs_of(graph)) for graph in graphs)
+
+    def forward(*args):
+        y, *residuals = run(*args)
+        return y, residuals
+
+    def backward(residuals, *args):
+        return [g for i, g in enumerate(pull(*args[:-1], *residuals, args[-1])) if i not in fixed]
+
+    return Pair(forward, backward)
+
+
+def _take_arguments_again(run: GraphModule, pull: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Graphs (args) -> (y, residuals) and (args, residuals, dy) -> gradients, where no residual comes from parameters alone.
+
+    What the partition saves of them (views, casts) would keep a whole unit alive; the backward derives it anew.
+    """
+    args = [node for node in run.graph.nodes if node.op == "placeholder"]
+    y, *saved = run.graph.output_node().args[0]
+    *_, dy = (node for node in pull.graph.nodes if node.op == "placeholder")
+    streams = {args[0]}  # what depends on x
+    for node in run.graph.nodes:
+        if streams & set(node.all_input_nodes):
+            streams.add(node)
+    residuals = [node for node in saved if node in streams and node is not args[0]]
+
+    graph = Graph()
+    known: dict[Node, Node] = {node: graph.node_copy(node) for node in args}
+    known |= {node: _placeholder(graph, node) for node in residuals}
+    known[dy] = graph.node_copy(dy)
+
+    def derived(node: Node) -> Node:
+        if node not in known:
+            known[node] = graph.node_copy(node, derived)
+        return known[node]
+
+    stands_for = dict(zip((n for n in pull.graph.nodes if n.op == "placeholder" and n is not dy), saved, strict=True))
+    known |= {placeholder: derived(node) for placeholder, node in stands_for.items()}
+    for node in pull.graph.nodes:
+        derived(node)
+
+    run.graph.output_node().args = ((y, *residuals),)
+    run.recompile()
+    return run, GraphModule(pull, graph)
+
+
+def _placeholder(graph: Graph, node: Node) -> Node:
+    new = graph.placeholder(node.name)
+    new.meta = dict(node.meta)
+    return new
 
 
 def inputs_of(graph: GraphModule) -> list[Tensor]:
     """Fake tensors for the graph's placeholders, as its trace left them."""
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-
-
-def _recomputing_pair(fn, examples, fixed, backend):
-    """fn alone, and its vjp from the arguments."""
-
-    def pull(*args):
-        *args, dy = args
-        free = [i for i in range(len(args)) if i not in fixed]
-
-        def of_free(*xs):
-            whole = list(args)
-            for i, x in zip(free, xs, strict=True):
-                whole[i] = x
-            return fn(*whole)
-
-        return vjp(of_free, *(args[i] for i in free))[1](dy)
-
-    trace = make_fx(fn, decomposition_table=ops.REFERENCES, tracing_mode="fake")
-    trace_pull = make_fx(pull, decomposition_table=ops.REFERENCES, tracing_mode="fake")
-    dy = torch.empty_like(fn(*(x.to("meta") for x in examples)), device=examples[0].device)
-    run, pull_graph = backend(trace(*examples), examples), backend(trace_pull(*examples, dy), [*examples, dy])
-    return lambda *args: (run(*args),), pull_graph

@@ -14,13 +14,13 @@ def _group(name: str) -> dist.ProcessGroup:
 
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
     out = x.new_empty(x.numel() * size)
-    dist.all_gather_into_tensor(out, x.contiguous(), group=_group(group))
+    dist.all_gather_single(out, x.contiguous(), group=_group(group))
     return out
 
 
 def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     out = x.new_empty(x.numel() // size)
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=_group(group))
+    dist.reduce_scatter_single(out, x.contiguous(), group=_group(group))
     return out
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
 from torch.func import grad_and_value, vmap
 
-from lumina_fn import checkpoint, model, optim, sharding, train
+from lumina_fn import checkpoint, loss, model, optim, sharding, train
 from lumina_fn.config import ModelConfig
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
@@ -37,7 +37,7 @@ def oracle(size: int):
     losses, norms = [], []
     for tokens, labels in batches(size):
         flat = train.Batch(tokens.flatten(1, 2), labels.flatten(1, 2))
-        count = train.predicted(labels, TINY)
+        count = loss.predicted(labels, TINY)
         each = vmap(grad_and_value(lambda p, b: train.loss(p, b, TINY, count=count)[0]), in_dims=(None, 0))
         grads, total = each(state.params, flat)
         grads = pytree.tree_map(lambda g: g.sum(0), grads)

@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch.func import grad
 from torch.nn import functional as F
 
-from lumina_fn import model, optim, train
+from lumina_fn import model, optim, train, walk
 from lumina_fn.config import ModelConfig
 from tests import transformer_goldens as goldens
 
@@ -126,7 +126,7 @@ def wide_rope(positions, cfg):
     "settings", [{"compile": "blocks"}, {"compile": "blocks", "remat": True}, {"compile": "step"}], ids=str
 )
 def test_compiled_steps_equal_eager_ones(settings, monkeypatch):
-    for home in (model, train):
+    for home in (model, walk):
         monkeypatch.setattr(home, "rope", wide_rope)
     data = batch(2, 2, 19)
     want, expected = run(3, data)

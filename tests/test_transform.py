@@ -1,10 +1,12 @@
 """remat, jit and the compiled pair, with a backward whose value is known."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.func import grad, vjp, vmap
 
-from lumina_fn.transform import compiled_vjp, inductor, jit, keep_graph, remat
+from lumina_fn.transform import compiled_pair, eager_pair, inductor, jit, keep_graph, remat
 
 
 class Tripled(torch.autograd.Function):
@@ -32,29 +34,60 @@ def test_jit_keeps_a_custom_backward(backend):
     assert got.tolist() == [3.0, 3.0, 3.0]
 
 
-@pytest.mark.slow
+PAIRS = [
+    eager_pair,
+    partial(compiled_pair, backend=keep_graph),
+    pytest.param(compiled_pair, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("make", PAIRS)
 @pytest.mark.parametrize("keep_inputs", [False, True])
-def test_a_compiled_pair_keeps_a_custom_backward(keep_inputs):
-    forward, backward = compiled_vjp(lambda x, w: Tripled.apply(x) * w, keep_inputs=keep_inputs)
+def test_a_pair_keeps_a_custom_backward(make, keep_inputs):
+    pair = make(lambda x, w: Tripled.apply(x) * w, keep_inputs=keep_inputs)
     x, w = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 10.0, 100.0])
-    y, kept = forward(x, w)
+    y, residuals = pair.forward(x, w)
     assert y.tolist() == [1.0, 40.0, 2500.0]
-    dx, dw = backward(kept, torch.ones(3))
+    dx, dw = pair.backward(residuals, x, w, torch.ones(3))
     assert dx.tolist() == [3.0, 30.0, 300.0]
     assert dw.tolist() == [1.0, 4.0, 25.0]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("make", PAIRS)
 @pytest.mark.parametrize("keep_inputs", [False, True])
-def test_a_compiled_pair_takes_one_tensor_twice(keep_inputs):
+def test_a_pair_takes_one_tensor_twice(make, keep_inputs):
     """Traced with the tensors it was first called with, x * w would have become x * x."""
-    forward, backward = compiled_vjp(lambda x, w: x * w.exp(), keep_inputs=keep_inputs)
-    x = torch.ones(3)
-    forward(x, x)
-    y, kept = forward(x, torch.zeros(3))
+    pair = make(lambda x, w: x * w.exp(), keep_inputs=keep_inputs)
+    x, w = torch.ones(3), torch.zeros(3)
+    pair.forward(x, x)
+    y, residuals = pair.forward(x, w)
     assert y.tolist() == [1.0, 1.0, 1.0]
-    dx, dw = backward(kept, torch.ones(3))
+    dx, dw = pair.backward(residuals, x, w, torch.ones(3))
     assert dx.tolist() == dw.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("make", PAIRS[1:])
+@pytest.mark.parametrize("keep_inputs", [False, True])
+def test_a_compiled_pair_keeps_nothing_of_the_parameters(make, keep_inputs):
+    """A view or a cast of one would keep a gathered unit alive."""
+
+    def fn(x, fixed, w, v):
+        return (x @ w.t()).relu() @ v.t().exp() * fixed
+
+    pair = make(fn, fixed=(1,), keep_inputs=keep_inputs)
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    x, fixed, w, v = random(2, 3), random(5), random(4, 3), random(5, 4)
+    y, residuals = pair.forward(x, fixed, w, v)
+    storages = {t.untyped_storage().data_ptr() for t in (fixed, w, v)}
+    assert not storages & {r.untyped_storage().data_ptr() for r in residuals}
+    assert all(r.shape in {(2, 4), (4, 2)} for r in residuals)  # the hidden layer, no 5 of w and v
+    assert bool(residuals) != keep_inputs
+    want, pull = vjp(lambda x, w, v: fn(x, fixed, w, v), x, w, v)
+    torch.testing.assert_close(y, want)
+    dy = random(*y.shape)
+    for a, b in zip(pair.backward(residuals, x, fixed, w.clone(), v.clone(), dy), pull(dy), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_jit_takes_one_tensor_twice():

@@ -1,0 +1,99 @@
+"""Gradients of the loss, unit by unit: forward through the blocks and back, with nothing alive that is not needed.
+
+torch.func.grad of `loss` gives the same numbers, but holds every activation and every gathered unit to its end. Here the
+blocks share one (forward, backward) pair, so that compile time does not grow with depth, and what lives between a block's
+forward and its backward is decided in one place.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.nn import functional as F
+
+from lumina_fn import sharding
+from lumina_fn.config import ModelConfig
+from lumina_fn.loss import Batch, head_gradients
+from lumina_fn.model import Params, block, init, rope
+from lumina_fn.sharding import Mesh
+from lumina_fn.transform import Pair, compiled_pair, eager_pair
+
+
+class Seams(NamedTuple):
+    """How units of parameters become whole for compute, and how a whole unit's gradients become a unit's again."""
+
+    forward: Callable  # units in order -> an iterator of whole ones
+    backward: Callable  # the same on the way back
+    scatter: Callable  # (gradients of a whole unit, unit) -> unit
+    regathers: bool  # whether a whole unit is dropped between forward and backward
+
+
+def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
+    """Those of a mesh, or of parameters that are whole; compute is in `dtype` (None: as they come)."""
+    cast = lambda unit: unit if dtype is None else pytree.tree_map(lambda x: x.to(dtype), unit)
+    if mesh is None:
+        masters = lambda grads, unit: pytree.tree_map(lambda g, x: g.to(x.dtype), grads, unit)
+        return Seams(partial(map, cast), partial(map, cast), masters, False)
+    whole = lambda unit: cast(sharding.gather(unit, mesh))
+    ahead = lambda prefetch: partial(sharding.ahead, whole, device=mesh.device, prefetch=prefetch)
+    scatter = partial(sharding.scatter, mesh=mesh)
+    return Seams(ahead(mesh.forward_prefetch), ahead(mesh.backward_prefetch), scatter, mesh.regathers)
+
+
+def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool) -> Pair:
+    """One block as a function of (x, angles, *leaves), and its backward."""
+    spec = _block_spec(cfg)
+    layer = lambda x, angles, *leaves: block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
+    return (compiled_pair if compiled else eager_pair)(layer, fixed=(1,), keep_inputs=keep_inputs)
+
+
+def walk(
+    cfg: ModelConfig, seam: Seams, pair: Pair, params: Params, batch: Batch, count: Tensor, *,
+    z_weight: float, scatter: Callable, before: Params | None,
+) -> tuple[Params, Tensor]:  # fmt: skip
+    """Gradients of a batch [B T]'s loss over `count`, as units that `scatter` makes, and [loss, ce, z].
+
+    They are added to `before`, the gradients of earlier batches, in place.
+    """
+    tokens, labels, blocks = batch.tokens[:, : cfg.max_positions], batch.labels, params.blocks
+    angles, spec = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg), _block_spec(cfg)
+    wholes = seam.forward([params.embed, *blocks, params.head])
+
+    x = F.embedding(tokens, next(wholes))
+    kept: list[Any] = []
+    for _ in blocks:
+        leaves = pytree.tree_leaves(next(wholes))
+        y, residuals = pair.forward(x, angles, *leaves)
+        kept.append((x, residuals, None if seam.regathers else leaves))
+        x = y
+        del leaves  # before the next unit is gathered
+    d_head, dx, terms = head_gradients(next(wholes), x, labels, cfg, z_weight=z_weight, count=count)
+    del x, y, residuals
+    done = lambda grads, unit, old: _plus(scatter(grads, unit), old)
+    d_head = done(d_head, params.head, before and before.head)
+
+    again = seam.backward(blocks[::-1]) if seam.regathers else None
+    d_blocks: list[Any] = []
+    for i in reversed(range(len(blocks))):
+        x, residuals, leaves = kept.pop()
+        leaves = pytree.tree_leaves(next(again)) if again else leaves
+        dx, *grads = pair.backward(residuals, x, angles, *leaves, dx)
+        del x, residuals, leaves
+        d_blocks.append(done(pytree.tree_unflatten(grads, spec), blocks[i], before and before.blocks[i]))
+        del grads
+    # A looked-up row's gradient needs no table: the embedding is not gathered again.
+    d_table = torch.ops.aten.embedding_dense_backward(dx, tokens, cfg.vocab, -1, False)
+    d_embed = done(d_table, params.embed, before and before.embed)
+    return Params(d_embed, tuple(reversed(d_blocks)), d_head), terms
+
+
+def _plus(grads: Any, before: Any | None) -> Any:
+    return grads if before is None else pytree.tree_map(lambda old, new: old.add_(new), before, grads)
+
+
+def _block_spec(cfg: ModelConfig) -> pytree.TreeSpec:
+    return pytree.tree_structure(init(replace(cfg, layers=1), device="meta").blocks[0])
