@@ -19,8 +19,8 @@ from safetensors.numpy import save
 
 from lumina_fn import prompt
 from lumina_fn.errors import InputError
-from lumina_fn.prompt import Tokenizer
 from lumina_fn.loss import Batch
+from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
 
 FORMAT = "lumina_fn/features/1"

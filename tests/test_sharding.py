@@ -38,7 +38,7 @@ def oracle(size: int):
     for tokens, labels in batches(size):
         flat = train.Batch(tokens.flatten(1, 2), labels.flatten(1, 2))
         count = loss.predicted(labels, TINY)
-        each = vmap(grad_and_value(lambda p, b: train.loss(p, b, TINY, count=count)[0]), in_dims=(None, 0))
+        each = vmap(grad_and_value(lambda p, b: train.loss(p, b, TINY, count=count)[0]), in_dims=(None, 0))  # noqa: B023
         grads, total = each(state.params, flat)
         grads = pytree.tree_map(lambda g: g.sum(0), grads)
         norm = optim.global_norm(grads)
@@ -89,7 +89,12 @@ def check(size: int, cases) -> None:
             torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=str(case))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)]
+)
 def test_every_strategy_equals_one_process(size):
     hybrids = [(s, n) for s in ("hybrid", "hybrid_zero2") for n in (1, 2, size) if size % n == 0]
     strategies = [("fsdp", None), ("sdp", None), ("no", None), *dict.fromkeys(hybrids)]
