@@ -6,7 +6,7 @@ paths, their index, and the tokenizer's files.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from lumina_fn import files, model, names, sharding, sources, tensor_files, vq
 from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
 from lumina_fn.sharding import Mesh, Sharded
-from lumina_fn.tensor_files import Stored
+from lumina_fn.tensor_files import Later, Source
 
 log = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, ...]]  # by tree path
 
 
 def load_model(
@@ -41,8 +43,10 @@ def _transformer(path: str | Path) -> sources.Source:
 def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32) -> tuple[model.Params, ModelConfig]:
     """This rank's part of each unit of a transformer: `load_model` and `shard` without ever holding a whole unit."""
     source = _transformer(path)
+    if mesh.rank == 0:
+        _say_remarks(source)
     like = model.init(source.cfg, device="meta")
-    stored = iter(source.tensors.values())  # in the tree's order
+    stored = iter([source.tensors[path] for path in names.flatten(like)])
 
     def part(unit) -> Sharded:
         leaves = pytree.tree_leaves(unit)
@@ -76,9 +80,13 @@ def load_vq(
 
 
 def _load(source: sources.Source, like: names.Tree, device: str | torch.device, dtype: torch.dtype) -> names.Tree:
+    _say_remarks(source)
+    return names.unflatten(like, {path: tensor_files.read(t, device, dtype) for path, t in source.tensors.items()})
+
+
+def _say_remarks(source: sources.Source) -> None:
     for remark in source.remarks:
         log.warning(remark)
-    return names.unflatten(like, {path: tensor_files.read(t, device, dtype) for path, t in source.tensors.items()})
 
 
 def save_model(
@@ -88,37 +96,66 @@ def save_model(
     *,
     source: str | Path | None = None,
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
-    """A native folder, written atomically; the tokenizer's files and the Hugging Face config come from the folder `source`."""
+    """A native folder, written atomically; the tokenizer's files and the Hugging Face config come from the folder `source`.
+
+    Tensors are stored as `dtype` (None: as they are). With a mesh every rank calls this with its parts, and rank 0 writes:
+    units are gathered one at a time, and a whole model is never held.
+    """
+    like = names.flatten(model.init(cfg, device="meta"))
+    _check_shapes(_shapes(names.flatten(params)) if mesh is None else _whole_shapes(params, like), like)
+    leaves = pytree.tree_leaves(params)
+    if dtype is None:
+        dtype = leaves[0].dtype
+    whole = iter(leaves) if mesh is None else _gathered(params, mesh)
+    if mesh is not None and mesh.rank != 0:
+        for _ in whole:  # rank 0 cannot gather alone
+            pass
+        return
     config, companions = (None, {}) if source is None else sources.heritage(source)
     if config is not None and not cfg.masked_ids and config.get("mask_image_logits", True):
         config = {**config, "mask_image_logits": False}  # absent would mean True
-    tensors = _checked(params, model.init(cfg, device="meta"))
+    tensors = {path: Later(tuple(t.shape), dtype, lambda: next(whole).to(dtype)) for path, t in like.items()}
     with files.new_folder(path, overwrite) as folder:
         write_native(folder, cfg, tensors, config, companions)
 
 
+def _gathered(params: model.Params, mesh: Mesh) -> Iterator[Tensor]:
+    """Every leaf of every unit, in order; at most one whole unit is held."""
+    for unit in (params.embed, *params.blocks, params.head):
+        yield from pytree.tree_leaves(sharding.unshard(unit, mesh))
+
+
+def _whole_shapes(params: model.Params, like: Iterable[str]) -> Shapes:
+    shapes = [shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes]
+    return dict(zip(like, shapes, strict=True))
+
+
 def save_vq(path: str | Path, params: vq.Params, cfg: VQConfig, *, overwrite: bool = False) -> None:
     """A native folder, written atomically."""
-    tensors = _checked(params, vq.init(cfg, device="meta"))
+    tensors = names.flatten(params)
+    _check_shapes(_shapes(tensors), names.flatten(vq.init(cfg, device="meta")))
     with files.new_folder(path, overwrite) as folder:
         write_native(folder, cfg, tensors, None, {})
 
 
-def _checked(params: object, like: object) -> dict[str, Tensor]:
-    """The tree's tensors by path; ValueError unless they are those that the sizes call for."""
-    tensors = names.flatten(params)
-    shapes = {path: t.shape for path, t in tensors.items()}
-    expected = {path: t.shape for path, t in names.flatten(like).items()}
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {path: tuple(t.shape) for path, t in tensors.items()}
+
+
+def _check_shapes(shapes: Shapes, like: Mapping[str, Tensor]) -> None:
+    """ValueError unless the shapes are those that the sizes call for."""
+    expected = _shapes(like)
     if wrong := sorted(path for path in shapes.keys() | expected.keys() if shapes.get(path) != expected.get(path)):
         raise ValueError(f"these parameters do not fit the sizes of cfg: {', '.join(wrong)}")
-    return tensors
 
 
 def write_native(
     folder: Path,
     cfg: ModelConfig | VQConfig,
-    tensors: Mapping[str, Stored | Tensor],
+    tensors: Mapping[str, Source],
     config: dict | None,
     companions: Mapping[str, Path],
     progress: Callable[[int], None] = lambda n: None,

@@ -36,9 +36,22 @@ class Stored(NamedTuple):
     crc: int | None = None  # of those bytes, where the file knows it
 
 
-def chunks(source: Stored | Tensor) -> Iterator[bytes | memoryview]:
+class Later(NamedTuple):
+    """A tensor that is made when it is written, and held no longer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+Source = Stored | Tensor | Later
+
+
+def chunks(source: Source) -> Iterator[bytes | memoryview]:
     """The tensor's elements as bytes in row-major order, at most CHUNK at a time for those stored so."""
-    if isinstance(source, Tensor):
+    if isinstance(source, Later):
+        yield from chunks(source.make())
+    elif isinstance(source, Tensor):
         flat = source.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         yield from (memoryview(flat[i : i + CHUNK]) for i in range(0, flat.size, CHUNK))
     elif source.stride is not None:
@@ -133,7 +146,7 @@ def _located(path: Path, data: int, entry: Mapping) -> Stored:
     return Stored(path, data + begin, end - begin, shape, dtype)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Source], progress: Callable[[int], None]) -> None:
     """One file, written a chunk at a time; `progress` is told the bytes written."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -151,9 +164,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored | Tensor], progre
                 progress(len(data))
 
 
-def write_shards(
-    folder: Path, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None] = lambda n: None
-) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Source], progress: Callable[[int], None] = lambda n: None) -> None:
     """Safetensors files of at most SHARD bytes (more only for a single larger tensor) and their index, named as Hugging Face does."""
     shards = list(_shards(tensors.items()))
     where = {}
@@ -165,7 +176,7 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
 
 
-def _shards(items: Iterable[tuple[str, Stored | Tensor]]) -> Iterator[dict[str, Stored | Tensor]]:
+def _shards(items: Iterable[tuple[str, Source]]) -> Iterator[dict[str, Source]]:
     shard, size = {}, 0
     for name, tensor in items:
         if shard and size + size_of(tensor) > SHARD:
@@ -176,6 +187,6 @@ def _shards(items: Iterable[tuple[str, Stored | Tensor]]) -> Iterator[dict[str, 
     yield shard
 
 
-def size_of(tensor: Stored | Tensor) -> int:
+def size_of(tensor: Source) -> int:
     """Bytes of the tensor's elements."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize

@@ -7,7 +7,7 @@ forward and its backward is decided in one place.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
     return Seams(ahead(mesh.forward_prefetch), ahead(mesh.backward_prefetch), scatter, mesh.regathers)
 
 
+@lru_cache(maxsize=4)  # two steps of one model share what is compiled
 def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool) -> Pair:
     """One block as a function of (x, angles, *leaves), and its backward."""
     spec = _block_spec(cfg)

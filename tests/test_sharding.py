@@ -1,105 +1,144 @@
 """N processes over N shards compute what one process computes with vmap over the same shards."""
 
 import itertools
-import tempfile
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
-from torch.func import grad_and_value, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina_fn import checkpoint, loss, model, optim, sharding, train
+from lumina_fn import checkpoint, loss, model, noise, optim, sharding, train
 from lumina_fn.config import ModelConfig
+from tests import processes
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
 OPT = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
 A, B, T, STEPS = 2, 2, 13, 4
+SLOW = pytest.mark.slow
 
 
 def batches(size: int) -> list[train.Batch]:
-    """[size A B T] for each step: every rank's micro batches."""
+    """[size A B T] for each step: every rank's micro batches, which predict different counts."""
     generator = torch.Generator().manual_seed(0)
-    result = []
-    for _ in range(STEPS):
-        tokens = torch.randint(TINY.vocab, (size, A, B, T), generator=generator)
-        labels = tokens.masked_fill(
-            torch.rand(tokens.shape, generator=generator) < 0.3, -100
-        )  # ranks predict different counts
-        result.append(train.Batch(tokens, labels))
-    return result
+    tokens = torch.randint(TINY.vocab, (STEPS, size, A, B, T), generator=generator)
+    labels = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
+    labels[:, -1, -1] = -100  # a rank's last micro batch may be empty
+    return [train.Batch(*pair) for pair in zip(tokens, labels, strict=True)]
 
 
 def oracle(size: int):
-    """One process: vmap(grad) over the shards, summed, then the optimizer: parameters, losses and norms."""
-    state = train.init_state(model.init(TINY, dtype=torch.float64), OPT)
-    losses, norms = [], []
+    """One process: vmap(grad) over the shards, summed, then the optimizer: parameters and each step's loss, norm, noise, signal."""
+    state, metrics = train.init_state(model.init(TINY, dtype=torch.float64), OPT), []
     for tokens, labels in batches(size):
-        flat = train.Batch(tokens.flatten(1, 2), labels.flatten(1, 2))
+        shards = train.Batch(tokens.flatten(0, 1), labels.flatten(0, 1))
         count = loss.predicted(labels, TINY)
-        each = vmap(grad_and_value(lambda p, b: train.loss(p, b, TINY, count=count)[0]), in_dims=(None, 0))  # noqa: B023
-        grads, total = each(state.params, flat)
-        grads = pytree.tree_map(lambda g: g.sum(0), grads)
+        each, total = noise.shard_gradients(state.params, shards, TINY, count=count)
+        grads = pytree.tree_map(lambda g: g.sum(0), each)
         norm = optim.global_norm(grads)
-        losses.append(float(total.sum()))
-        norms.append(float(norm))
+        shares = torch.stack([loss.predicted(x, TINY) for x in shards.labels]) / count
+        squares = torch.stack([noise.square(pytree.tree_map(lambda g: g[i], each)) for i in range(len(shares))])  # noqa: B023
+        some = shares > 0
+        both = noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum(), norm.square())
+        metrics.append([float(total.sum()), float(norm), *map(float, both)])
         new = optim.update(
             OPT, state.step + 1, torch.tensor(OPT.lr, dtype=torch.float64), norm, torch.tensor(False), state.params, grads,
             state.mu, state.nu, donate=False,
         )  # fmt: skip
         state = state._replace(step=state.step + 1, params=new[0], mu=new[1], nu=new[2])
-    return state.params, losses, norms
+    return state.params, metrics
 
 
-def worker(rank: int, size: int, cases, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def trained(rank: int, size: int, cases):
+    """The whole parameters and the metrics of each case."""
     results = {}
-    for case in cases:
-        strategy, shard_size, settings = case
+    for strategy, shard_size, settings in cases:
         mesh = sharding.Mesh(dist.group.WORLD, rank, size, "cpu", strategy, torch.float64, torch.float64, shard_size)
-        step = train.make_train_step(TINY, OPT, mesh, **dict(settings))
+        step = train.make_train_step(TINY, OPT, mesh, noise=True, **dict(settings))
         state = train.init_state(model.init(TINY, dtype=torch.float64), OPT, mesh)
-        losses, norms = [], []
+        metrics = []
         for batch in batches(size):
-            state, metrics = step(state, train.Batch(batch.tokens[rank], batch.labels[rank]))
-            losses.append(float(metrics["loss"]))
-            norms.append(float(metrics["grad_norm"]))
+            state, values = step(state, train.Batch(batch.tokens[rank], batch.labels[rank]))
+            metrics.append([float(values[name]) for name in ("loss", "grad_norm", "noise", "signal")])
         whole = model.over_units(lambda unit: sharding.unshard(unit, mesh), state.params)  # noqa: B023
-        results[case] = (whole, losses, norms)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(size: int, cases):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (size, cases, folder), nprocs=size)
-        return torch.load(f"{folder}/results.pt", weights_only=False)
+        results[strategy, shard_size, settings] = (pytree.tree_leaves(whole), metrics)
+    return results
 
 
 def check(size: int, cases) -> None:
-    params, losses, norms = oracle(size)
-    for case, (got, got_losses, got_norms) in run(size, cases).items():
-        assert got_losses == pytest.approx(losses, abs=1e-10), case
-        assert got_norms == pytest.approx(norms, abs=1e-10), case
-        for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(params), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=str(case))
+    params, metrics = oracle(size)
+    for result in processes.run(size, trained, cases):
+        for case, (got, values) in result.items():
+            for a, b in zip(values, metrics, strict=True):
+                assert a == pytest.approx(b, abs=1e-10), case
+            for a, b in zip(got, pytree.tree_leaves(params), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=str(case))
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)]
-)
-def test_every_strategy_equals_one_process(size):
+def strategies(size: int):
     hybrids = [(s, n) for s in ("hybrid", "hybrid_zero2") for n in (1, 2, size) if size % n == 0]
-    strategies = [("fsdp", None), ("sdp", None), ("no", None), *dict.fromkeys(hybrids)]
-    remats = [(("remat", True),), (("remat", False),)]
-    check(size, [(s, n, r) for (s, n), r in itertools.product(strategies, remats)])
+    return [("fsdp", None), ("sdp", None), ("no", None), *dict.fromkeys(hybrids)]
+
+
+def settings(**choices) -> list[tuple]:
+    return [tuple(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def test_two_processes_equal_one():
+    kinds = settings(remat=[False], sync=[True, False])
+    check(2, [(s, n, kind) for (s, n), kind in itertools.product(strategies(2), kinds)])
+
+
+@SLOW
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_strategy_equals_one_process(size):
+    kinds = settings(compile=["off", "blocks"], remat=[False, True], sync=[True])
+    kinds += settings(compile=["blocks"], remat=[False], sync=[False], donate=[True])
+    check(size, [(s, n, kind) for (s, n), kind in itertools.product(strategies(size), kinds)])
+
+
+@SLOW
+def test_the_whole_step_compiled_equals_one_process():
+    check(2, [(s, None, kind) for s in ("fsdp", "sdp", "no") for kind in settings(compile=["step"])])
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops of the house that really run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lumina":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(rank: int, size: int, cases):
+    results = {}
+    for strategy, settings in cases:
+        mesh = sharding.Mesh(dist.group.WORLD, rank, size, strategy=strategy)
+        step = train.make_train_step(TINY, OPT, mesh, **dict(settings))
+        state = train.init_state(model.init(TINY), OPT, mesh)
+        tokens, labels = batches(size)[0]
+        batch = train.Batch(tokens[rank, 0], labels[rank, 0])
+        step(state, batch)  # compiles
+        with Calls() as calls:
+            step(state, batch)
+        results[strategy, settings] = calls.counts["all_gather"], calls.counts["reduce_scatter"]
+    return results
+
+
+@pytest.mark.parametrize("compile", ["off", pytest.param("blocks", marks=SLOW), pytest.param("step", marks=SLOW)])
+def test_a_block_is_gathered_twice_under_fsdp_and_once_under_sdp(compile):
+    """The embedding's and the head's backward use no parameters, so they are gathered once."""
+    units = TINY.layers + 2
+    cases = [(s, kind) for s in ("fsdp", "sdp", "no") for kind in settings(compile=[compile], remat=[False, True])]
+    for (strategy, _), counts in processes.run(2, counted, cases)[0].items():
+        gathers = {"fsdp": units + TINY.layers, "sdp": units, "no": 0}[strategy]
+        assert counts == (gathers, 0 if strategy == "no" else units)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -115,9 +154,24 @@ def test_parts_are_loaded_as_the_whole_would_be_cut(size, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True))
 
 
-@pytest.mark.slow
-def test_compiled_blocks_equal_one_process():
-    check(2, [(s, None, (("compile", "blocks"),)) for s in ("fsdp", "sdp", "no")])
+def saved(rank: int, size: int, folder) -> None:
+    mesh = sharding.Mesh(dist.group.WORLD, rank, size)
+    params = train.init_state(model.init(TINY), OPT, mesh).params
+    checkpoint.save_model(folder / "parts", params, TINY, mesh=mesh, dtype=torch.bfloat16)
+
+
+def test_a_model_saved_from_its_parts_is_the_whole_one(tmp_path):
+    processes.run(3, saved, tmp_path)
+    checkpoint.save_model(tmp_path / "whole", model.init(TINY), TINY, dtype=torch.bfloat16)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_parts_of_another_model_are_not_saved(tmp_path):
+    mesh = sharding.Mesh("none", 0, 1)
+    params = train.init_state(model.init(TINY), OPT, mesh).params._replace(blocks=())
+    with pytest.raises(ValueError, match="shorter|fit"):
+        checkpoint.save_model(tmp_path / "lm", params, TINY, mesh=mesh)
 
 
 def test_float16_is_refused_with_the_reason():
