@@ -1,11 +1,10 @@
-"""Which items a step sees: a function of (seed, step) alone."""
+"""Which items a step sees: a function of (seed, step) alone, shared out to ranks."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
 from lumina_fn import data
@@ -35,25 +34,26 @@ def bucket(length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def micro_batches(items: Sequence[data.Item], size: int, max_positions: int) -> Batch:
-    """[A size T]: items in A micro batches, the last filled up with rows that predict nothing."""
-    length = bucket(min(max(len(ids) for ids, _ in items), max_positions))
-    flat = data.batch(items, max_positions=max_positions, multiple=length)
-    missing = -len(items) % size
-    fill = lambda x, value: torch.cat([x, x.new_full((missing, x.shape[1]), value)]).unflatten(0, (-1, size))
-    return Batch(fill(flat.tokens, PAD), fill(flat.labels, IGNORE))
+def micro_batches(items: Sequence[data.Item], size: int, max_positions: int, count: int | None = None) -> Batch:
+    """[A size T]: items in A micro batches, filled up with rows that predict nothing; `count` makes A larger than they need."""
+    count = -(-len(items) // size) if count is None else count
+    rows = [*items, *[([PAD], [IGNORE])] * (count * size - len(items))]
+    length = bucket(min(max(len(ids) for ids, _ in rows), max_positions))
+    flat = data.batch(rows, max_positions=max_positions, multiple=length)
+    return Batch(*(x.unflatten(0, (count, size)) for x in flat))
 
 
 def training_batches(
     features: data.FeatureSet, steps: range, *, batch: int, micro_batch: int, max_positions: int, end: int,
-    seed: int, caption_drop: float, last: Literal["partial", "drop"],
+    seed: int, caption_drop: float, last: Literal["partial", "drop"], rank: int = 0, size: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
-    """The batches [A micro_batch T] of these steps."""
+    """A rank's shares [A micro_batch T] of these steps' batches, which are the same on any number of ranks; so is A on each."""
     for step in steps:
         epoch, indices = items_of(step, len(features), batch, seed=seed, last=last)
         items = []
-        for i in map(int, indices):
+        for i in map(int, indices[rank::size]):
             ids, labels = features[i]
             dropped = data.drops_caption(caption_drop, seed, epoch, i)
             items.append(data.drop_caption(ids, labels, end) if dropped else (ids, labels))
-        yield micro_batches(items, micro_batch, max_positions)
+        largest = -(-len(indices) // size)  # of the shares
+        yield micro_batches(items, micro_batch, max_positions, count=-(-largest // micro_batch))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lumina_fn import batches
-from lumina_fn.vocab import IGNORE
+from lumina_fn import batches, data, loss, model
+from lumina_fn.config import ModelConfig
+from lumina_fn.vocab import IGNORE, Ids
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (12, 4), (3, 8)])
@@ -57,3 +58,77 @@ def test_max_positions_bounds_the_batch():
     long = (list(range(100)), list(range(100)))
     assert batches.micro_batches([long], 1, max_positions=50).tokens.shape[2] == 50
     assert torch.equal(batches.micro_batches([long], 1, max_positions=50).tokens[0, 0], torch.arange(50))
+
+
+N, BATCH, MICRO = 11, 4, 2  # the last of an epoch's three batches has three items
+IDS = Ids(start=1, end=2, newline=3, sep=4, size0=5, code0=40, codes=16)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Items of different lengths whose captions are a single id, 20 + item."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, IDS.codes, (4, 4 + 4 * (i % 3))) for i in range(N)]
+    origin = data.Origin(64, 0, IDS, "tokenizer", "vq")
+    data.write_features(folder, [data.Feature(i, [20 + i], c) for i, c in enumerate(codes)], origin)
+    return data.FeatureSet(folder)
+
+
+def shares(features, size, steps=range(6), caption_drop=0.0):
+    """A list of steps, each a list of every rank's batch."""
+    settings = {"batch": BATCH, "micro_batch": MICRO, "max_positions": 1000, "end": 2, "seed": 3, "last": "partial"}
+    ranks = [
+        batches.training_batches(features, steps, **settings, caption_drop=caption_drop, rank=rank, size=size)
+        for rank in range(size)
+    ]
+    return list(zip(*ranks, strict=True))
+
+
+def items(batch):
+    """The captions of a share's items."""
+    first = batch.tokens[:, :, 0].flatten()
+    return [
+        int(id) - 20 for id, labels in zip(first, batch.labels.flatten(0, 1), strict=True) if (labels != IGNORE).any()
+    ]
+
+
+SIZES = [2, 3, 4, 5, 9]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_share_a_batch_without_loss_or_repetition(features, size):
+    for [whole], parts in zip(shares(features, 1), shares(features, size), strict=True):
+        assert sorted(i for part in parts for i in items(part)) == sorted(items(whole))
+        assert (
+            len({part.tokens.shape[:2] for part in parts}) == 1
+        )  # as many micro batches, as gradients are summed after each
+        assert max(map(len, map(items, parts))) - min(map(len, map(items, parts))) <= 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_has_the_same_loss_on_any_number_of_ranks(features, size):
+    cfg = ModelConfig(vocab=56, width=8, layers=1, heads=1, kv_heads=1, hidden=8)
+    params = model.init(cfg, dtype=torch.float64)
+
+    def losses(steps):
+        for parts in steps:
+            count = sum(loss.predicted(part.labels, cfg) for part in parts)
+            micro = [loss.Batch(*b) for part in parts for b in zip(*part, strict=True)]
+            yield float(sum(loss.loss(params, b, cfg, count=count)[0] for b in micro))
+
+    alone, shared = (losses(shares(features, n, range(3), caption_drop=0.5)) for n in (1, size))
+    assert list(shared) == pytest.approx(list(alone), abs=1e-12)
+
+
+def test_a_rank_reads_only_its_share(features, monkeypatch):
+    read, feature = [], data.FeatureSet.feature
+    monkeypatch.setattr(data.FeatureSet, "feature", lambda self, i: read.append(i) or feature(self, i))
+    stream = batches.training_batches(
+        features, range(1), batch=BATCH, micro_batch=MICRO, max_positions=1000, end=2, seed=3, caption_drop=0.0,
+        last="partial", rank=1, size=3,
+    )  # fmt: skip
+    read.clear()  # the type checker of tests looks at an item of its own
+    (batch,) = stream
+    assert sorted(read) == sorted(items(batch))
+    assert len(read) == 1
