@@ -1,38 +1,35 @@
 """Fine-tune a model on features made by experiments.pretokenize.
 
     python -m experiments.finetune --model DIR --features DIR --out DIR
+    torchrun --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
 
-OUT receives metrics.jsonl while it runs and model/, a native folder, at the end. Without arguments this is the
-embedded default: the fine-tune of `make demo`.
+OUT receives metrics.jsonl while it runs and model/, a native folder, at the end. With torchrun each process trains on its
+share of every batch and keeps its part of the model; experiments/launch has scripts for one machine and for two. Without
+arguments this is the embedded default: the fine-tune of `make demo`.
 """
 
-import fcntl
-import json
 import math
-import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from rich.console import Console
-from rich.progress import Progress
 
-from experiments import settings
-from lumina_fn import batches, checkpoint, data, errors, files, optim, prompt, train
+from experiments import distributed, run_folder, settings
+from experiments.distributed import ALONE, World
+from experiments.metrics import Log
+from lumina_fn import batches, checkpoint, data, errors, files, model, optim, prompt, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.sharding import Mesh
 from lumina_fn.train import TrainState
 
-CONTENTS = {"metrics.jsonl", "model", "last_good"}  # of a run's folder
-SHOWN = ("loss", "ce", "z", "grad_norm", "lr", "tokens_per_second")  # of a step, on the terminal
 STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
+REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,11 @@ class Settings:
     features: Annotated[Path, "a folder written by experiments.pretokenize"]
     out: Annotated[Path, "the run's folder, must not exist"]
     steps: Annotated[int, "how many"] = 5000
-    batch: Annotated[int, "samples per step"] = 8
-    micro_batch: Annotated[int, "samples per forward and backward; a step accumulates batch / micro-batch of them"] = 1
+    batch: Annotated[int, "samples per step, over all processes"] = 8
+    micro_batch: Annotated[
+        int,
+        "samples per forward and backward of a process; a step accumulates as many of them as its share of the batch needs",
+    ] = 1
     lr: Annotated[float, "peak learning rate"] = 2e-5
     warmup: Annotated[int, "steps of linear warm-up"] = 0
     schedule: Annotated[Literal["constant", "cosine"], "of the learning rate after warm-up; cosine ends at 0"] = (
@@ -56,45 +56,83 @@ class Settings:
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
-    device: Annotated[str, "cpu, npu, cuda, or auto: an accelerator if there is one"] = "auto"
-    remat: Annotated[bool, "keep only each block's input and compute the rest again in the backward"] = False
+    device: Annotated[str, "cpu, npu, cuda, or auto: an accelerator if there is one; each process takes its own"] = (
+        "auto"
+    )
+    strategy: Annotated[
+        Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
+        "of many processes. fsdp: parameters, gradients and optimizer in parts, gathered for each forward and backward; "
+        "sdp: gathered once for both; no: whole on every process; hybrid, hybrid_zero2: fsdp, sdp within --shard-size "
+        "processes, whole copies across",
+    ] = "fsdp"
+    shard_size: Annotated[
+        int | None,
+        "processes that share one copy of the model under hybrid strategies; divides their number (default: those of one machine)",
+    ] = None
+    param_dtype: Annotated[
+        Literal["auto", "float64", "float32", "bfloat16", "float16"],
+        "of parameters while they are gathered; auto: that of compute; float16 is refused, with the reason",
+    ] = "auto"
+    reduce_dtype: Annotated[
+        Literal["auto", "float64", "float32", "bfloat16", "float16"],
+        "of gradients while they are summed over processes; auto: float32, float64 where compute is; float16 is refused",
+    ] = "auto"
+    forward_prefetch: Annotated[
+        bool, "gather the next block's parameters while one computes, on devices with streams"
+    ] = False
+    backward_prefetch: Annotated[bool, "the same on the way back"] = False
+    sync: Annotated[
+        bool,
+        "sum gradients over processes after each micro batch; if not, once a step, with a whole model's gradients held",
+    ] = True
+    remat: Annotated[
+        bool | None,
+        "keep only each block's input and compute the rest again in the backward (default: for a billion parameters and more)",
+    ] = None
     compile: Annotated[Literal["off", "blocks", "step"], "nothing, one block for all, or the whole step"] = "blocks"
     last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
     log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
+    noise_scale_every: Annotated[int, "steps between measurements of the gradients' noise; 0: never"] = 0
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        from experiments.demo import tasks
-
-        argv = tasks.finetune_arguments()
-    run = settings.parse(Settings, __doc__, argv)
+    run = settings.parse(Settings, __doc__, argv or _embedded_default(world))
     _check(run)
+    device = world.device(run.device)
+    compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    mesh = _mesh(run, world, device, compute)
+    if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
+        world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
     out = files.place(run.out, [run.model, run.features])
-    with files.writable(out):
-        _check_free(out, run.overwrite)  # loading a large model takes minutes
-    device = settings.device(run.device)
-    compute = _dtype(run.dtype, device)
+    # What an earlier attempt of this launch left in OUT is its own.
+    overwrite = run.overwrite or world.remembers(f"made {out}")
+    if world.rank == 0:
+        run_folder.check(out, overwrite)  # loading a large model takes minutes
+    world.barrier()
     features = data.FeatureSet(run.features)
-    masters = torch.float64 if compute == torch.float64 else torch.float32
-    params, cfg = checkpoint.load_model(run.model, device, masters)
+    masters = torch.promote_types(compute, torch.float32)
+    if mesh is None:
+        params, cfg = checkpoint.load_model(run.model, device, masters)
+    else:
+        params, cfg = checkpoint.load_parts(run.model, mesh, masters)
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
-    _check_features(run, features, cfg)
-    with run_folder(out, run.overwrite):
-        state = finetune(run, params, cfg, features, device, compute)
+    _check_features(run, world, features, cfg)
+    with run_folder.made(out, overwrite) if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            world.remember(f"made {out}")
+        world.barrier()
+        state = finetune(run, world, mesh, params, cfg, features, device, compute)
         broken = int(state.streak) >= STREAK
         folder = run.out / ("last_good" if broken else "model")
         stored = checkpoint.stored_dtype(run.model)
-        params = pytree.tree_map(lambda leaf: leaf.to(stored), state.params)
-        checkpoint.save_model(folder, params, cfg, source=run.model)
+        checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
     if broken:
-        print(
+        world.say(
             f"error: the last {int(state.streak)} steps had no finite loss and gradient; the parameters before them are in "
-            f"{errors.printable(folder)}: try a smaller --lr, or --dtype float32",
-            file=sys.stderr,
+            f"{folder}: try a smaller --lr, or --dtype float32"
         )
         return 1
     print(f"{run.steps} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
@@ -102,107 +140,70 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def finetune(
-    run: Settings, params, cfg: ModelConfig, features: data.FeatureSet, device: torch.device, compute: torch.dtype
-) -> TrainState:
+    run: Settings, world: World, mesh: Mesh | None, params, cfg: ModelConfig, features: data.FeatureSet,
+    device: torch.device, compute: torch.dtype,
+) -> TrainState:  # fmt: skip
     """The state after run.steps, or earlier where a log interval finds the run broken."""
     rate = (
         optim.cosine(run.lr, run.warmup, run.steps) if run.schedule == "cosine" else optim.constant(run.lr, run.warmup)
     )
     opt = train.AdamW(rate, decay=run.weight_decay, clip=run.clip)
-    step = train.make_train_step(
-        cfg, opt, z_weight=run.z_weight, dtype=compute, compile=run.compile, remat=run.remat, donate=True
-    )
-    state = train.init_state(params, opt)
-    with Log(run.out / "metrics.jsonl", run.steps) as log:
+    make_step = lambda noise: train.make_train_step(
+        cfg, opt, mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
+        remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
+        donate=True, sync=run.sync, noise=noise,
+    )  # fmt: skip
+    step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
+    state = train.init_state(params, opt, mesh)
+    with Log(run.out / "metrics.jsonl", run.steps) if world.rank == 0 else nullcontext() as log:
         stream = batches.training_batches(
-            features, range(run.steps), batch=run.batch, micro_batch=run.micro_batch, max_positions=cfg.max_positions,
-            end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop, last=run.last,
+            features, range(run.steps), batch=run.batch, micro_batch=min(run.micro_batch, -(-run.batch // world.size)),
+            max_positions=cfg.max_positions, end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop,
+            last=run.last, rank=world.rank, size=world.size,
         )  # fmt: skip
+        tokens = 0
         for n, batch in enumerate(stream, 1):
-            state, metrics = step(state, train.Batch(*(x.to(device, non_blocking=True) for x in batch)))
-            log.count(batch)
-            if n % run.log_every == 0 or n == run.steps:  # the only place that waits for the device
+            noisy = run.noise_scale_every and n % run.noise_scale_every == 0
+            batch = train.Batch(*(x.to(device, non_blocking=True) for x in batch))
+            state, metrics = (noisy_step if noisy else step)(state, batch)
+            tokens += batch.tokens.numel()
+            if log:
+                log.advance()
+            if noisy or n % run.log_every == 0 or n == run.steps:  # the only place that waits for the device
                 values = {name: value.item() for name, value in metrics.items()}
-                log.write(n, values)
+                tokens, trained = 0, world.total(tokens)
+                if log:
+                    log.write(n, values, trained)
                 if values["streak"] >= STREAK:
                     break
     return state
 
 
-class Log:
-    """metrics.jsonl, and the same on the terminal."""
+def _embedded_default(world: World) -> list[str]:
+    """Arguments for the fine-tune of `make demo`, whose model and features are written first."""
+    from experiments.demo import tasks
 
-    def __init__(self, path: Path, steps: int):
-        self.console = Console(stderr=True, highlight=False)
-        self.progress = Progress(console=self.console, disable=not self.console.is_terminal)
-        self.path = path
-        self.task = self.progress.add_task("training", total=steps)
-        self.tokens, self.start = 0, time.perf_counter()
-
-    def __enter__(self) -> "Log":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
-
-    def count(self, batch: train.Batch) -> None:
-        """Take note of a step's tokens, padding included: the shapes are known, the contents are on the device."""
-        self.tokens += batch.tokens.numel()
-        self.progress.advance(self.task)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
-        row = {"step": step, **finite, "tokens_per_second": self.tokens / (now - self.start)}
-        self.tokens, self.start = 0, now
-        with files.writable(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = {**values, "tokens_per_second": row["tokens_per_second"]}
-        line = "  ".join(f"{name} {shown[name]:.4g}" for name in SHOWN)
-        self.console.print(f"step {step}  {line}", markup=False, soft_wrap=True)
+    if world.rank == 0:
+        tasks.finetune_arguments()
+    world.barrier()
+    return tasks.finetune_flags()
 
 
-@contextmanager
-def run_folder(out: Path, overwrite: bool) -> Iterator[None]:
-    """OUT, made and locked by this process; what an earlier run left there is an error, or removed with `overwrite`."""
-    with files.writable(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # The root has no name, and is never free.
-        opened = (out.parent / f".{out.name}.lock").open("a+")
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise InputError(
-                f"{out} is being written by process {file.read().strip()}: wait for it or stop it"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        with files.writable(out):
-            _check_free(out, overwrite)
-            if out.exists():
-                shutil.rmtree(out)
-            out.mkdir()
-        yield
+def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtype) -> Mesh | None:
+    return distributed.mesh(
+        world, device, strategy=run.strategy, shard_size=run.shard_size, param_dtype=_dtype(run.param_dtype, compute),
+        reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
+        forward_prefetch=run.forward_prefetch, backward_prefetch=run.backward_prefetch,
+    )  # fmt: skip
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{out} exists: give a new place, or --overwrite to start afresh there")
-    strangers = [] if not out.is_dir() else sorted(p.name for p in out.iterdir() if p.name not in CONTENTS)
-    if strangers or not out.is_dir():
-        raise InputError(
-            f"{out} is no run's folder{f' (it holds {strangers[0]})' if strangers else ''}: give another place"
-        )
+def _parameters(cfg: ModelConfig) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(model.init(cfg, device="meta")))
 
 
 def _check(run: Settings) -> None:
-    for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0)):
+    for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0),
+                        ("noise_scale_every", 0)):  # fmt: skip
         if getattr(run, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected at least {least}")
     if not 0 < run.lr < math.inf:
@@ -214,9 +215,17 @@ def _check(run: Settings) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected a finite number, at least 0")
     if not 0 <= run.caption_drop <= 1:
         raise InputError(f"--caption-drop {run.caption_drop}: expected a probability from 0 to 1")
+    if run.shard_size is not None and run.shard_size < 1:
+        raise InputError(f"--shard-size {run.shard_size}: expected at least 1")
+    for name in ("param_dtype", "reduce_dtype"):
+        if getattr(run, name) == "float16":
+            raise InputError(
+                f"--{name.replace('_', '-')} float16: float16 gradients underflow without loss scaling, which is not offered: "
+                "use bfloat16 or float32"
+            )
 
 
-def _check_features(run: Settings, features: data.FeatureSet, cfg: ModelConfig) -> None:
+def _check_features(run: Settings, world: World, features: data.FeatureSet, cfg: ModelConfig) -> None:
     if not batches.steps_per_epoch(len(features), run.batch, run.last):
         what = "is empty" if not len(features) else f"has {len(features)} items, fewer than --batch {run.batch}"
         raise InputError(f"{run.features} {what}: nothing to train on; pretokenize more, or use --last partial")
@@ -233,18 +242,17 @@ def _check_features(run: Settings, features: data.FeatureSet, cfg: ModelConfig) 
                 "run experiments.pretokenize with this model"
             )
     else:
-        note = f"{run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
-        print(errors.printable(f"note: {note}"), file=sys.stderr)
+        world.say(
+            f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
+        )
     longest = max(features.lengths())
     if longest > cfg.max_positions:
-        print(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}", file=sys.stderr)
+        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, name)
+def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
+    return auto if name == "auto" else getattr(torch, name)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

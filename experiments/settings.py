@@ -33,6 +33,7 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
         required = field.default is MISSING
         text = text if required or field.default is None else f"{text} (default: {field.default})".strip()
         flag, common = "--" + field.name.replace("_", "-"), {"help": text.replace("%", "%%"), "dest": field.name}
+        hint = _given(hint)
         if hint is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=field.default, required=required, **common
@@ -42,9 +43,14 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
     return kind(**vars(parser.parse_args(argv)))
 
 
-def _values(hint: Any) -> dict[str, Any]:
+def _given(hint: Any) -> Any:
+    """The type of a value that is given, where None means that none is."""
     if get_origin(hint) in (Union, types.UnionType):
-        hint = next(h for h in get_args(hint) if h is not type(None))
+        return next(h for h in get_args(hint) if h is not type(None))
+    return hint
+
+
+def _values(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     return {"type": hint, "metavar": hint.__name__.upper()}
