@@ -79,16 +79,12 @@ def _raw(source: Stored) -> Iterator[bytes]:
 def read(source: Stored, device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor in memory; beside it only one chunk is held."""
     out = torch.empty(math.prod(source.shape), device=device, dtype=dtype)
-    begin = 0
-    for data in chunks(source):
-        part = torch.frombuffer(bytearray(data), dtype=source.dtype)
-        out[begin : begin + len(part)] = part.to(device)
-        begin += len(part)
+    _fill(out, source)
     return out.reshape(source.shape)
 
 
 def read_range(source: Stored, begin: int, end: int, out: Tensor) -> None:
-    """Elements begin .. end of the tensor in row-major order into `out`, of its dtype and on its device; the rest stays unread."""
+    """Elements begin .. end of the tensor in row-major order into `out`; the rest stays unread."""
     if source.stride is not None:  # rare: a .pt file may store a transposed tensor
         out.copy_(read(source, out.device, out.dtype).reshape(-1)[begin:end])
         return
@@ -96,7 +92,15 @@ def read_range(source: Stored, begin: int, end: int, out: Tensor) -> None:
     part = source._replace(
         offset=source.offset + begin * size, nbytes=(end - begin) * size, shape=(end - begin,), crc=None
     )
-    out.copy_(read(part, out.device, out.dtype))
+    _fill(out, part)
+
+
+def _fill(out: Tensor, source: Stored) -> None:
+    begin = 0
+    for data in chunks(source):
+        part = torch.frombuffer(bytearray(data), dtype=source.dtype)
+        out[begin : begin + len(part)] = part.to(out.device)
+        begin += len(part)
 
 
 def safetensors_header(path: Path) -> dict[str, Stored]:

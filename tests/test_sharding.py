@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments import processes
 from lumina_fn import checkpoint, loss, model, noise, optim, sharding, train
 from lumina_fn.config import ModelConfig
-from tests import processes
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
 OPT = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
@@ -71,7 +71,7 @@ def check(size: int, cases) -> None:
     for result in processes.run(size, trained, cases):
         for case, (got, values) in result.items():
             for a, b in zip(values, metrics, strict=True):
-                assert a == pytest.approx(b, abs=1e-10), case
+                assert a == pytest.approx(b, abs=1e-10, nan_ok=True), case  # one piece says nothing about noise
             for a, b in zip(got, pytree.tree_leaves(params), strict=True):
                 torch.testing.assert_close(a, b, atol=1e-10, rtol=0, msg=str(case))
 
@@ -100,7 +100,7 @@ def test_every_strategy_equals_one_process(size):
 
 @SLOW
 def test_the_whole_step_compiled_equals_one_process():
-    check(2, [(s, None, kind) for s in ("fsdp", "sdp", "no") for kind in settings(compile=["step"])])
+    check(2, [(s, None, kind) for s in ("fsdp", "sdp") for kind in settings(compile=["step"])])
 
 
 class Calls(TorchDispatchMode):
@@ -170,7 +170,7 @@ def test_a_model_saved_from_its_parts_is_the_whole_one(tmp_path):
 def test_parts_of_another_model_are_not_saved(tmp_path):
     mesh = sharding.Mesh("none", 0, 1)
     params = train.init_state(model.init(TINY), OPT, mesh).params._replace(blocks=())
-    with pytest.raises(ValueError, match="shorter|fit"):
+    with pytest.raises(ValueError, match="shorter"):
         checkpoint.save_model(tmp_path / "lm", params, TINY, mesh=mesh)
 
 

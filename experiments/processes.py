@@ -1,0 +1,51 @@
+"""A gloo group of fresh processes on this machine, and how much memory one of them takes."""
+
+import ctypes
+import gc
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def run(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """fn(rank, size, *args) in `size` new processes, one thread each; what every rank returns, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, folder, fn, args), nprocs=size)
+        return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(size)]
+
+
+def _rank(rank: int, size: int, folder: str, fn: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    torch.save(fn(rank, size, *args), f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Start a new peak, after freed memory is given back: what was loaded or compiled before does not count."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")
+
+
+def peak() -> int:
+    """The most bytes in memory at once since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)[1])
