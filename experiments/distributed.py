@@ -6,6 +6,7 @@ key-value store. It outlives ranks that are started again, so what belongs to on
 
 import fcntl
 import io
+import ipaddress
 import os
 import secrets
 import socket
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -103,7 +104,7 @@ def run(main: Callable[..., int | None]) -> None:
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in PLACE)
     ending = Ending(f"rank {rank} of {size}", local_rank)
     watch_launcher(ending)
-    world, farewell = _join(rank, size, local_rank, local_size, ending)
+    world, done = _join(rank, size, local_rank, local_size, ending)
     try:
         with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
             code = main(None, world) or 0
@@ -115,28 +116,30 @@ def run(main: Callable[..., int | None]) -> None:
         failure = traceback.format_exc()
         time.sleep(ECHO)  # a collective fails where another rank is lost: then `watch_neighbour` says so
         ending(1, f"failed\n{failure}")
-    farewell()
+    world.barrier()
+    done()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
 
 
 def _join(rank: int, size: int, local_rank: int, local_size: int, ending: Ending) -> tuple[World, Callable[[], None]]:
-    """This rank's world, and the farewell that all ranks say when they are done."""
+    """This rank's world, and what to call when all ranks are done."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=CONNECT))
         store.set_timeout(MEET)
         launch = dist.PrefixStore("lumina", store)
         attempt = dist.PrefixStore(_meet(launch, rank, size), launch)
         ending.store = attempt.clone()  # a connection of its own: the other may be waiting
+        world = World(rank, size, local_rank, local_size, launch, attempt)
         if size == 1:
-            return World(rank, size, local_rank, local_size, launch, attempt), lambda: None
-        _choose_interface(os.environ["MASTER_ADDR"])
+            return world, lambda: None
+        address = _own_address(os.environ["MASTER_ADDR"], many_hosts=size > local_size)
+        done = watch_neighbour(attempt, rank, size, address, ending)
         control = dist.ProcessGroupGloo(dist.PrefixStore("control", attempt), rank, size, FOREVER)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         ending(1, f"cannot meet the other ranks: {str(error).splitlines()[0]}")
-    farewell = watch_neighbour(control, rank, size, ending)
-    return World(rank, size, local_rank, local_size, launch, attempt, control), farewell
+    return replace(world, control=control), done
 
 
 def _meet(launch: dist.Store, rank: int, size: int) -> str:
@@ -161,16 +164,36 @@ def _meet(launch: dist.Store, rank: int, size: int) -> str:
     return own
 
 
-def _choose_interface(address: str) -> None:
-    """Tell gloo the network interface that leads to this address: its own choice is whatever the host's name stands for."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 1))  # sends nothing
+def _own_address(launcher: str, many_hosts: bool) -> str:
+    """This host's address on the network that leads to the launcher; gloo is told to use it too, unless the user has told it.
+
+    Left alone it takes whatever the host's name stands for.
+    """
+    interfaces = _interfaces()
+    told = os.environ.get("GLOO_SOCKET_IFNAME")
+    if told in interfaces:
+        return interfaces[told]
+    found = socket.getaddrinfo(launcher, 1, type=socket.SOCK_DGRAM)
+    family, kind, _, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)  # sends nothing
         own = probe.getsockname()[0]
+    if many_hosts and ipaddress.ip_address(own).is_loopback:
+        raise RuntimeError(f"{launcher} means {own} on this host, where others do not find it; set GLOO_SOCKET_IFNAME")
+    for name in [name for name, address in interfaces.items() if address == own]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return own
+
+
+def _interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one."""
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(found[20:24]) == own:
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(any_socket, _GET_ADDRESS, struct.pack("256s", name.encode()))
+                addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
 
 
 def mesh(

@@ -1,6 +1,7 @@
 """How a process of many ends before its time: at once, together with all others, and with one of them saying why."""
 
 import os
+import queue
 import select
 import signal
 import socket
@@ -8,13 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on, or sends itself
+KEEPALIVE = (  # notices a host that is off or cut away after 20 seconds
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 10),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 5),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 2),
+)
 ECHO = 2.0  # seconds in which a rank hears that another one is gone; its own failure may come from that
 
 
@@ -40,12 +47,18 @@ class Ending:
         return os.getppid() != self.launcher
 
     def _is_first(self) -> bool:
+        """Whether no rank has asked before; where there is nobody to ask, one rank of each host is taken for the first."""
+        answer = queue.SimpleQueue()
+
+        def ask(store: dist.Store) -> None:
+            with suppress(RuntimeError):  # it went with the launcher that held it
+                answer.put(store.add("ended", 1) == 1)
+
         if self.store is not None and not self.launcher_is_gone():
-            try:
-                return self.store.add("ended", 1) == 1
-            except RuntimeError:  # the store is gone, with the launcher that held it
-                pass
-        return self.local_rank == 0  # one for each host
+            threading.Thread(target=ask, args=(self.store,), daemon=True).start()
+            with suppress(queue.Empty):  # out of reach
+                return answer.get(timeout=ECHO)
+        return self.local_rank == 0
 
 
 def watch_launcher(ending: Ending) -> None:
@@ -67,27 +80,35 @@ def watch_launcher(ending: Ending) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def watch_neighbour(group: dist.ProcessGroupGloo, rank: int, size: int, ending: Ending) -> Callable[[], None]:
-    """End this rank as soon as the next one is gone, so that none is left; returns the farewell of a run that is done.
+def watch_neighbour(store: dist.Store, rank: int, size: int, address: str, ending: Ending) -> Callable[[], None]:
+    """End this rank as soon as the next one is gone, so that none is left; returns what tells the one before that this is done.
 
-    The kernel closes a dead process's connections: that is noticed in milliseconds, during long computations too, and by
-    devices whose own collectives would wait for minutes.
+    The kernel closes a dead process's connections, which is noticed in milliseconds, during long computations too and whatever
+    a device's own collectives wait for; keepalive probes find a host that is off or cut away.
     """
-    following, preceding = (rank + 1) % size, (rank - 1) % size
+    following = (rank + 1) % size
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        store.set(f"address {rank}", f"{address} {server.getsockname()[1]}")
+        host, port = store.get(f"address {following}").decode().split()
+        ahead = socket.create_connection((host, int(port)))
+        behind, _ = server.accept()
+    for option, value in KEEPALIVE:
+        ahead.setsockopt(*option, value)
 
     def watch() -> None:
         try:
-            group.recv([torch.zeros(1)], following, 0).wait()
-        except RuntimeError as error:
-            what = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
-            ending(1, f"lost contact with rank {following} ({what}): the run is over; was it killed, or out of memory?")
+            if ahead.recv(1):
+                return
+            what = "its process ended; was it killed, or out of memory?"
+        except OSError as error:
+            what = error.strerror
+        ending(1, f"lost contact with rank {following}: the run is over ({what})")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
 
-    def farewell() -> None:
-        group.barrier().wait()
-        group.send([torch.ones(1)], preceding, 0).wait()
+    def done() -> None:
+        behind.sendall(b".")
         thread.join()
 
-    return farewell
+    return done

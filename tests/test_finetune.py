@@ -7,18 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 
 from experiments import finetune
-from lumina_fn import checkpoint, convert, data, errors, model, prompt, sources, train
-from lumina_fn.config import ModelConfig
+from lumina_fn import checkpoint, convert, data, errors, prompt, sources, train
 from tests import folders
-
-CODES = 16
+from tests.small_run import CODES, write_features, write_lm
 
 
 @pytest.fixture(scope="session")
@@ -30,30 +27,13 @@ def tokens(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lm(tokens, tmp_path_factory):
-    folder, ids = tokens
-    cfg = ModelConfig(
-        vocab=ids.code0 + CODES, width=16, layers=2, heads=2, kv_heads=1, hidden=24, max_positions=160, ids=ids
-    )
-    path = tmp_path_factory.mktemp("lm") / "lm"
-    checkpoint.save_model(path, model.init(cfg), cfg, source=folder)
-    return path
-
-
-def write(folder, tokens, count=7, **changes):
-    known = prompt.load_tokenizer(tokens[0])
-    rng = np.random.default_rng(0)
-    codes = [rng.integers(0, CODES, (8, 4 + 4 * (i % 2))) for i in range(count)]
-    features = [data.Feature(i, data.text_ids(known, f"picture {i}", c, True), c) for i, c in enumerate(codes)]
-    origin = data.Origin(64, 0, tokens[1], known.fingerprint, "vq")
-    folder.mkdir()
-    data.write_features(folder, features, replace(origin, **changes))
-    return folder
+    return write_lm(tmp_path_factory.mktemp("lm") / "lm", *tokens)
 
 
 @pytest.fixture
 def call(tmp_path, lm, tokens, monkeypatch, capsys):
     """Run the command in this process: exit code and the lines on stderr."""
-    features = write(tmp_path / "features", tokens)
+    features = write_features(tmp_path / "features", *tokens)
 
     def call(*flags, out=tmp_path / "run", features=features, model=lm):
         argv = ["--model", model, "--features", features, "--out", out, "--compile", "off", "--device", "cpu", *flags]
@@ -132,6 +112,31 @@ def test_same_seed_same_model(call, tmp_path, flags):
     assert any((a[key] - c[key]).abs().max() > 1e-4 for key in a)
 
 
+def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
+    """A command of a cluster runs on a laptop; what has no effect there is said."""
+    flags = [
+        "--strategy",
+        "hybrid",
+        "--shard-size",
+        8,
+        "--param-dtype",
+        "bfloat16",
+        "--reduce-dtype",
+        "bfloat16",
+        "--no-sync",
+    ]
+    code, lines = call("--steps", 1, *flags, "--forward-prefetch", "--backward-prefetch", "--no-remat")
+    assert code == 0
+    assert sum("no effect on a CPU" in line for line in lines) == 1
+
+
+def test_noise_is_measured_when_asked_for(call, tmp_path):
+    call("--steps", 7, "--batch", 4, "--log-every", 5, "--noise-scale-every", 3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 5, 6, 7]
+    assert ["noise" in row for row in rows] == [True, False, True, False]
+
+
 def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path):
     code, (*_, line) = call("--steps", 100, "--lr", 1e38, "--log-every", 10)
     assert code == 1
@@ -157,7 +162,8 @@ BAD_FLAGS = [
     (["--steps", "0"], "--steps"), (["--batch", "0"], "--batch"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
     (["--lr", "inf"], "--lr"), (["--weight-decay", "inf"], "--weight-decay"), (["--z-weight", "nan"], "--z-weight"), (["--device", "meta"], "meta"),
     (["--caption-drop", "2"], "--caption-drop"), (["--schedule", "step"], "--schedule"), (["--device", "abacus"], "abacus"),
-    (["--steps", "many"], "--steps"), (["--colour", "red"], "--colour"), (["--last", "drop", "--batch", "8"], "--batch 8"),
+    (["--param-dtype", "float16"], "loss scaling"), (["--reduce-dtype", "float16"], "loss scaling"), (["--shard-size", "0"], "--shard-size"),
+    (["--strategy", "ddp"], "--strategy"), (["--noise-scale-every", "-1"], "--noise-scale-every"), (["--steps", "many"], "--steps"), (["--colour", "red"], "--colour"), (["--last", "drop", "--batch", "8"], "--batch 8"),
 ]  # fmt: skip
 
 
@@ -222,17 +228,17 @@ def test_a_second_writer_is_told_who_is_first(call, tmp_path):
 
 def test_features_of_another_model(call, tmp_path, tokens):
     larger = replace(tokens[1], code0=tokens[1].code0 + 1)
-    code, (line,) = call(features=write(tmp_path / "larger", tokens, ids=larger))
+    code, (line,) = call(features=write_features(tmp_path / "larger", *tokens, ids=larger))
     assert code == 2
     assert f"id {larger.code0 + CODES - 1}" in line
-    code, (line,) = call(features=write(tmp_path / "other", tokens, tokenizer="abcdef"))
+    code, (line,) = call(features=write_features(tmp_path / "other", *tokens, tokenizer="abcdef"))
     assert code == 2
     assert "tokenizer abcdef" in line
 
 
 def test_features_that_are_not_there(call, tmp_path, tokens):
-    empty = write(tmp_path / "empty", tokens, count=0)
-    damaged = write(tmp_path / "damaged", tokens)
+    empty = write_features(tmp_path / "empty", *tokens, count=0)
+    damaged = write_features(tmp_path / "damaged", *tokens)
     shard = next(damaged.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-8])
     for folder in (empty, damaged, tmp_path, tmp_path / "nowhere"):
@@ -256,7 +262,7 @@ def test_a_model_that_is_none(call, tmp_path, lm):
 
 @pytest.mark.slow
 def test_as_a_program(tmp_path, lm, tokens):
-    features = write(tmp_path / "features", tokens)
+    features = write_features(tmp_path / "features", *tokens)
     run = lambda *flags: subprocess.run(
         [sys.executable, "-m", "experiments.finetune", *map(str, flags)], capture_output=True, text=True, check=False
     )

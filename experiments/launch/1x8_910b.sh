@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fine-tune on one machine with eight Ascend 910B. Run it in the project's environment (. .venv/bin/activate):
+#
+#     bash experiments/launch/1x8_910b.sh --model DIR --features DIR --out DIR [flags of experiments.finetune]
+set -eu
+. "$(dirname "$0")/ascend.sh"
+
+# Devices to use, the first ones of the machine: a process each.
+NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
+# Where the processes meet: this machine, and a TCP port that is free on it. Two runs on one machine need different ports.
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+
+# exec: Ctrl-C and a scheduler's signals reach torchrun itself.
+exec torchrun --nnodes 1 --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    -m experiments.finetune "$@"

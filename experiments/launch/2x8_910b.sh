@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Fine-tune on two machines with eight Ascend 910B each. Run it on both, within ten minutes, in the project's environment:
+#
+#     MASTER_ADDR=10.0.0.1 NODE_RANK=0 bash experiments/launch/2x8_910b.sh --model DIR --features DIR --out DIR [flags]
+#     MASTER_ADDR=10.0.0.1 NODE_RANK=1 bash experiments/launch/2x8_910b.sh ... the same
+#
+# Both need the same code and the same flags, and see --model and --features under the same path (a shared disk, or copies).
+# Only the first writes --out. Parameters are sharded over all 16 devices; `--strategy hybrid` shards within each machine
+# and keeps a copy on both, which sends less over the network and takes twice the memory.
+set -eu
+. "$(dirname "$0")/ascend.sh"
+
+# Machines, and which of them this is, from 0.
+NNODES="${NNODES:-2}"
+NODE_RANK="${NODE_RANK:?the number of this machine: 0 on the first, 1 on the second}"
+# Devices to use on each machine: a process each.
+NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
+# The first machine, by an address that the others reach (not 127.0.0.1), and a TCP port that is free on it. A firewall must
+# let the machines talk to each other on any port: processes choose their own for what follows.
+MASTER_ADDR="${MASTER_ADDR:?the address of the first machine on the network that both share}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+# The network interface between the machines is the one that leads to MASTER_ADDR. Where that is wrong, set it for the
+# processes (GLOO_SOCKET_IFNAME=eth0) and for HCCL (HCCL_SOCKET_IFNAME="=eth0"; left alone it takes the first by name).
+
+exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPUS_PER_NODE" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m experiments.finetune "$@"
