@@ -40,7 +40,8 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
             )
         else:
             parser.add_argument(flag, default=field.default, required=required, **common, **_values(hint))
-    return kind(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv)).items()
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given})
 
 
 def _given(hint: Any) -> Any:
@@ -53,6 +54,8 @@ def _given(hint: Any) -> Any:
 def _values(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:  # tuple[int, ...]: one or more
+        return {"nargs": "+"} | _values(get_args(hint)[0])
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
