@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from ops import collectives
 from ops.collectives import Group
@@ -97,11 +96,19 @@ optree.register_pytree_node(
 )
 
 
-def flatten(tree: Any, parts: int) -> tuple[Float[Tensor, " n"], Layout]:
-    """The unit's leaves end to end, padded to a multiple of `parts`."""
+def flatten(tree: Any, parts: int, dtype: torch.dtype | None = None) -> tuple[Float[Tensor, " n"], Layout]:
+    """The unit's leaves end to end, padded with zeros to a multiple of `parts`, in `dtype` (None: as they are)."""
     leaves, spec = pytree.tree_flatten(tree)
-    flat = torch.cat([leaf.reshape(-1) for leaf in leaves])
-    return F.pad(flat, (0, -flat.numel() % parts)), Layout(spec, tuple(tuple(leaf.shape) for leaf in leaves))
+    layout = Layout(spec, tuple(tuple(leaf.shape) for leaf in leaves))
+    size, dtype = sum(leaf.numel() for leaf in leaves), dtype or leaves[0].dtype
+    if len(leaves) == 1 and size % parts == 0 and leaves[0].dtype == dtype:
+        return leaves[0].reshape(-1), layout
+    # Written into one buffer: torch.cat, a cast and a pad would each hold another whole unit for a moment.
+    flat = leaves[0].new_empty(size + -size % parts, dtype=dtype)
+    flat[size:].zero_()
+    for out, leaf in zip(flat[:size].split([leaf.numel() for leaf in leaves]), leaves, strict=True):
+        out.copy_(leaf.reshape(-1))
+    return flat, layout
 
 
 def unflatten(flat: Float[Tensor, " n"], layout: Layout) -> Any:
@@ -153,7 +160,7 @@ def ahead(
 
 def scatter(grads: Any, unit: Sharded, mesh: Mesh) -> Sharded:
     """What gather's backward does: whole gradients to this rank's part of their sum."""
-    flat, layout = flatten(grads, mesh.shards[1])
+    flat, layout = flatten(grads, mesh.shards[1], mesh.reduce_dtype)
     part = collectives.scatter(flat, mesh.shards, mesh.replicas, unit.part.dtype, mesh.reduce_dtype)
     return Sharded(part, layout)
 
