@@ -24,6 +24,38 @@ def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     return out
 
 
+def _cpu_all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    """Every part goes straight to its place: gloo's own passes a second copy of the whole."""
+    comm, x = _group(group), x.contiguous()
+    rank, out = comm.rank(), x.new_empty(size, x.numel())
+    for to, source in _pairs(rank, size):
+        _exchange(comm, x, to, out[source], source)
+    out[rank].copy_(x)
+    return out.flatten()
+
+
+def _cpu_reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
+    """Every rank receives what it adds up and no more: gloo's own is an all_reduce of a copy of the whole."""
+    comm, parts = _group(group), x.contiguous().view(size, -1)
+    rank = comm.rank()
+    total, other = parts[rank].clone(), torch.empty_like(parts[rank])
+    for to, source in _pairs(rank, size):
+        _exchange(comm, parts[to], to, other, source)
+        total.add_(other)
+    return total
+
+
+def _pairs(rank: int, size: int) -> list[tuple[int, int]]:
+    """Whom a rank sends to and receives from, round after round."""
+    return [((rank + shift) % size, (rank - shift) % size) for shift in range(1, size)]
+
+
+def _exchange(comm: dist.ProcessGroup, send: Tensor, to: int, receive: Tensor, source: int) -> None:
+    works = dist.isend(send, group=comm, group_dst=to), dist.irecv(receive, group=comm, group_src=source)
+    for work in works:
+        work.wait()
+
+
 def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
     out = x.clone()
     dist.all_reduce(out, group=_group(group))
@@ -34,11 +66,13 @@ all_gather_op = define(
     "all_gather(Tensor x, str group, int size) -> Tensor",
     fake=lambda x, group, size: x.new_empty(x.numel() * size),
     default=_all_gather,
+    CPU=_cpu_all_gather,
 )
 reduce_scatter_op = define(
     "reduce_scatter(Tensor x, str group, int size) -> Tensor",
     fake=lambda x, group, size: x.new_empty(x.numel() // size),
     default=_reduce_scatter,
+    CPU=_cpu_reduce_scatter,
 )
 all_reduce_op = define(
     "all_reduce(Tensor x, str group, int size) -> Tensor",
