@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     mesh = _mesh(run, world, device, compute)
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
         world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
+    if run.batch < world.size:
+        world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
     out = files.place(run.out, [run.model, run.features])
     # What an earlier attempt of this launch left in OUT is its own.
     overwrite = run.overwrite or world.remembers(f"made {out}")
