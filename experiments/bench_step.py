@@ -1,12 +1,15 @@
-"""What remat and more ranks are worth in memory: peaks of real steps and of loading, in fresh processes.
+"""What remat and more ranks are worth in memory, and what compiling costs: real steps and loading, in fresh processes.
 
-    python -m experiments.bench_memory
+    python -m experiments.bench_step
 
 Fails where the compiled step with remat peaks above 0.6 of the one without, above the state; where more ranks do not lower a
-rank's peak; or where loading takes more than a rank's part and one unit.
+rank's peak; where loading takes more than a rank's part and one unit; or where the first step, with nothing compiled before,
+takes more than 90 seconds for 32 layers or 1.3 times that of 4.
 """
 
+import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
+from torch._inductor import config as inductor_config
 
 from experiments import processes
 from experiments.settings import parse
@@ -29,6 +33,8 @@ MB = 1e6
 class Settings:
     tokens: Annotated[int, "a batch's, where remat is measured"] = 1024
     ratio: Annotated[float, "of the peaks above the state, with remat and without, at the most"] = 0.6
+    seconds: Annotated[float, "of the first step of 32 layers, at the most"] = 90
+    growth: Annotated[float, "of the first step from 4 layers to 32, at the most"] = 1.3
 
 
 def of_steps(rank: int, size: int, cfg: ModelConfig, tokens: int, remat: bool, sharded: bool) -> tuple[int, int]:
@@ -56,6 +62,19 @@ def of_loading(rank: int, size: int, folder: Path) -> tuple[int, int]:
     return processes.peak() - before, count(params) + max(map(count, (whole.embed, *whole.blocks, whole.head)))
 
 
+def of_first_step(rank: int, size: int, layers: int) -> float:
+    """Seconds of a first step, compiling included, with an empty cache."""
+    cfg, opt = replace(DEEP, width=256, hidden=704, heads=4, kv_heads=4, layers=layers), train.AdamW()
+    torch.set_num_threads(2)
+    state = train.init_state(model.init(cfg), opt)
+    batch = train.Batch(*torch.randint(cfg.vocab, (2, 1, 128), generator=torch.Generator().manual_seed(0)))
+    with tempfile.TemporaryDirectory() as cache, inductor_config.patch(force_disable_caches=True):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        begin = time.perf_counter()
+        train.make_train_step(cfg, opt, compile="blocks", donate=True)(state, batch)
+        return time.perf_counter() - begin
+
+
 def main(argv: Sequence[str] | None) -> int:
     run, good = parse(Settings, __doc__, argv), True
 
@@ -80,6 +99,9 @@ def main(argv: Sequence[str] | None) -> int:
             took, bound = max(processes.run(n, of_loading, Path(root, "lm")), key=lambda pair: pair[0] - pair[1])
             text = f"{took / MB:.0f} MB of at most {bound / MB:.0f} (its part and one unit)"
             report(f"loading, {n} ranks", text, took <= bound)
+    few, many = (processes.run(1, of_first_step, layers)[0] for layers in (4, 32))
+    text = f"{few:.1f} s for 4 layers, {many:.1f} s for 32: {many / few:.2f}"
+    report("first step, width 256", text, many <= run.seconds and many <= run.growth * few)
     print("ok" if good else "FAILED")
     return 0 if good else 1
 
