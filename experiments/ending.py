@@ -15,6 +15,8 @@ from typing import NoReturn
 import torch.distributed as dist
 from rich.console import Console
 
+from experiments import LAUNCHER
+
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on, or sends itself
 KEEPALIVE = (  # notices a host that is off or cut away after 20 seconds
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
@@ -29,22 +31,19 @@ class Ending:
     """The way out, for any thread of this rank. Of all ranks the first one to take it says why; the others' reasons are echoes."""
 
     def __init__(self, name: str, local_rank: int):
-        self.name, self.local_rank, self.launcher = name, local_rank, os.getppid()
+        self.name, self.local_rank = name, local_rank
         self.store: dist.Store | None = None  # where the first one is known by, once ranks have met
         self.taken = threading.Lock()
 
     def __call__(self, code: int, reason: str) -> NoReturn:
         self.taken.acquire()  # and never given back
-        if self.launcher_is_gone():
+        if launcher_is_gone():
             code, reason = 1, "the launcher is gone: the run is over"
         if self._is_first():
             Console(stderr=True).show_cursor()  # a progress bar may have hidden it
             print(f"{'' if code > 128 else 'error: '}{self.name}: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)  # whatever other threads wait for, in whatever library
-
-    def launcher_is_gone(self) -> bool:
-        return os.getppid() != self.launcher
 
     def _is_first(self) -> bool:
         """Whether no rank has asked before; where there is nobody to ask, one rank of each host is taken for the first."""
@@ -54,11 +53,15 @@ class Ending:
             with suppress(RuntimeError):  # it went with the launcher that held it
                 answer.put(store.add("ended", 1) == 1)
 
-        if self.store is not None and not self.launcher_is_gone():
+        if self.store is not None and not launcher_is_gone():
             threading.Thread(target=ask, args=(self.store,), daemon=True).start()
             with suppress(queue.Empty):  # out of reach
                 return answer.get(timeout=ECHO)
         return self.local_rank == 0
+
+
+def launcher_is_gone() -> bool:
+    return os.getppid() != LAUNCHER
 
 
 def watch_launcher(ending: Ending) -> None:
@@ -74,7 +77,7 @@ def watch_launcher(ending: Ending) -> None:
             if select.select([signals], [], [], 1)[0] and (number := signals.recv(1)[0]) in STOP:
                 time.sleep(ECHO)  # where a rank is lost, the launcher stops the others: that loss is the reason then
                 ending(128 + number, f"stopped by {signal.Signals(number).name}")
-            if ending.launcher_is_gone():
+            if launcher_is_gone():
                 ending(1, "")
 
     threading.Thread(target=watch, daemon=True).start()
