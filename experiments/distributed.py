@@ -130,6 +130,7 @@ def _join(rank: int, size: int, local_rank: int, local_size: int, ending: Ending
         store.set_timeout(MEET)
         launch = dist.PrefixStore("lumina", store)
         attempt = dist.PrefixStore(_meet(launch, rank, size), launch)
+        ending.where = (store.host, store.port)
         ending.store = attempt.clone()  # a connection of its own: the other may be waiting
         world = World(rank, size, local_rank, local_size, launch, attempt)
         if size == 1:

@@ -32,7 +32,8 @@ class Ending:
 
     def __init__(self, name: str, local_rank: int):
         self.name, self.local_rank = name, local_rank
-        self.store: dist.Store | None = None  # where the first one is known by, once ranks have met
+        self.store: dist.Store | None = None  # which knows the first one, once ranks have met
+        self.where = ("", 0)  # that store's host and port
         self.taken = threading.Lock()
 
     def __call__(self, code: int, reason: str) -> NoReturn:
@@ -50,7 +51,10 @@ class Ending:
         answer = queue.SimpleQueue()
 
         def ask(store: dist.Store) -> None:
-            with suppress(RuntimeError):  # it went with the launcher that held it
+            with suppress(OSError, RuntimeError):  # it went with the launcher that held it
+                socket.create_connection(
+                    self.where, ECHO
+                ).close()  # torch itself fills the screen where a store is gone
                 answer.put(store.add("ended", 1) == 1)
 
         if self.store is not None and not launcher_is_gone():
