@@ -31,9 +31,7 @@ from lumina_fn.sharding import Mesh
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what torchrun tells
 CONNECT = timedelta(seconds=15)  # to the launcher's store, which is there before its ranks are
 MEET = timedelta(minutes=5)  # from the first rank to the last one: imports over a network disk
-COMPUTE = timedelta(
-    hours=1
-)  # from the first rank to the last one in a collective: one may be compiling. Lost ranks are noticed otherwise
+COMPUTE = timedelta(hours=1)  # from the first rank to the last one in a collective: it may be compiling
 FOREVER = timedelta(days=365)  # while rank 0 writes a model, say
 _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
@@ -108,6 +106,7 @@ def run(main: Callable[..., int | None]) -> None:
     try:
         with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
             code = main(None, world) or 0
+        world.barrier()
     except SystemExit as asked:  # --help
         code = asked.code
     except InputError as error:
@@ -116,7 +115,6 @@ def run(main: Callable[..., int | None]) -> None:
         failure = traceback.format_exc()
         time.sleep(ECHO)  # a collective fails where another rank is lost: then `watch_neighbour` says so
         ending(1, f"failed\n{failure}")
-    world.barrier()
     done()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -24,6 +24,7 @@ KEEPALIVE = (  # notices a host that is off or cut away after 20 seconds
     ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 5),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 2),
 )
+GONE = "the launcher is gone: the run is over"
 ECHO = 2.0  # seconds in which a rank hears that another one is gone; its own failure may come from that
 
 
@@ -39,7 +40,7 @@ class Ending:
     def __call__(self, code: int, reason: str) -> NoReturn:
         self.taken.acquire()  # and never given back
         if launcher_is_gone():
-            code, reason = 1, "the launcher is gone: the run is over"
+            code, reason = 1, GONE
         if self._is_first():
             Console(stderr=True).show_cursor()  # a progress bar may have hidden it
             print(f"{'' if code > 128 else 'error: '}{self.name}: {reason}", file=sys.stderr, flush=True)
@@ -52,9 +53,8 @@ class Ending:
 
         def ask(store: dist.Store) -> None:
             with suppress(OSError, RuntimeError):  # it went with the launcher that held it
-                socket.create_connection(
-                    self.where, ECHO
-                ).close()  # torch itself fills the screen where a store is gone
+                # torch itself would fill the screen where a store is gone.
+                socket.create_connection(self.where, ECHO).close()
                 answer.put(store.add("ended", 1) == 1)
 
         if self.store is not None and not launcher_is_gone():
@@ -82,7 +82,7 @@ def watch_launcher(ending: Ending) -> None:
                 time.sleep(ECHO)  # where a rank is lost, the launcher stops the others: that loss is the reason then
                 ending(128 + number, f"stopped by {signal.Signals(number).name}")
             if launcher_is_gone():
-                ending(1, "")
+                ending(1, GONE)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -95,6 +95,7 @@ def watch_neighbour(store: dist.Store, rank: int, size: int, address: str, endin
     """
     following = (rank + 1) % size
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        server.settimeout(60)
         store.set(f"address {rank}", f"{address} {server.getsockname()[1]}")
         host, port = store.get(f"address {following}").decode().split()
         ahead = socket.create_connection((host, int(port)))
