@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn import functional as F
 
 import ops
@@ -71,13 +71,15 @@ def _head_loss(p: Head, x: Tensor, labels: Tensor, count: Tensor, *, cfg: ModelC
 
 def make_step(
     params: Params, cfg: ModelConfig, opt: AdamW, strategy: str, *,
-    z_weight: float = 1e-5, remat: bool = False, sync: bool = True, prefetch: BackwardPrefetch | None = None,
+    z_weight: float = 1e-5, remat: bool = False, sync: bool = True,
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:  # fmt: skip
     """step(batch) -> (loss, gradient norm) as train.make_train_step's, on the default process group. It keeps the state itself."""
     wrap = partial(
         FullyShardedDataParallel,
-        sharding_strategy=STRATEGIES[strategy], device_id=torch.device("cpu"), backward_prefetch=prefetch,
-    )  # fmt: skip
+        sharding_strategy=STRATEGIES[strategy],
+        device_id=torch.device("cpu"),
+        backward_prefetch=None,  # nothing overlaps on a CPU: the unit that is gathered ahead would only take memory
+    )
     model = wrap(Model(params, cfg, wrap, z_weight=z_weight, remat=remat))
     optimizer = torch.optim.AdamW(
         model.parameters(), opt.lr, (opt.b1, opt.b2), opt.eps, weight_decay=opt.decay, fused=True
