@@ -92,7 +92,10 @@ class Settings:
     compile: Annotated[Literal["off", "blocks", "step"], "nothing, one block for all, or the whole step"] = "blocks"
     last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
     log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
-    noise_scale_every: Annotated[int, "steps between measurements of the gradients' noise; 0: never"] = 0
+    noise_scale_every: Annotated[
+        int,
+        "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
+    ] = 0
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
@@ -105,6 +108,11 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     mesh = _mesh(run, world, device, compute)
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
         world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
+    if run.noise_scale_every and run.batch <= _micro_batch(run, world):
+        raise InputError(
+            f"--noise-scale-every {run.noise_scale_every}: a step of one micro batch has nothing to compare; "
+            "give a larger --batch or a smaller --micro-batch"
+        )
     if run.batch < world.size:
         world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
     out = files.place(run.out, [run.model, run.features])
@@ -157,9 +165,9 @@ def finetune(
     )  # fmt: skip
     step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
     state = train.init_state(params, opt, mesh)
-    with Log(run.out / "metrics.jsonl", run.steps) if world.rank == 0 else nullcontext() as log:
+    with Log(run.out / "metrics.jsonl", run.steps, run.batch) if world.rank == 0 else nullcontext() as log:
         stream = batches.training_batches(
-            features, range(run.steps), batch=run.batch, micro_batch=min(run.micro_batch, -(-run.batch // world.size)),
+            features, range(run.steps), batch=run.batch, micro_batch=_micro_batch(run, world),
             max_positions=cfg.max_positions, end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop,
             last=run.last, rank=world.rank, size=world.size,
         )  # fmt: skip
@@ -197,6 +205,11 @@ def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtyp
         reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
         forward_prefetch=run.forward_prefetch, backward_prefetch=run.backward_prefetch,
     )  # fmt: skip
+
+
+def _micro_batch(run: Settings, world: World) -> int:
+    """Samples of a micro batch: no more than a process's share."""
+    return min(run.micro_batch, -(-run.batch // world.size))
 
 
 def _parameters(cfg: ModelConfig) -> int:

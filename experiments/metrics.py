@@ -10,16 +10,17 @@ from rich.progress import Progress
 
 from lumina_fn import files
 
-SHOWN = ("loss", "ce", "z", "grad_norm", "lr", "tokens_per_second")  # on the terminal
+SHOWN = ("loss", "ce", "z", "grad_norm", "lr", "noise_scale", "tokens_per_second")  # on the terminal
 
 
 class Log:
-    """metrics.jsonl and a progress bar."""
+    """metrics.jsonl and a progress bar, of steps over `batch` samples."""
 
-    def __init__(self, path: Path, steps: int):
+    def __init__(self, path: Path, steps: int, batch: int):
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(console=self.console, disable=not self.console.is_terminal)
-        self.path = path
+        self.path, self.batch = path, batch
+        self.noise = self.signal = 0.0  # sums over the steps that measured them
         self.task = self.progress.add_task("training", total=steps)
         self.start = time.perf_counter()
 
@@ -37,10 +38,17 @@ class Log:
     def write(self, step: int, values: dict[str, float], tokens: int) -> None:
         """A step's metrics; `tokens` were trained on since the last time, padding included."""
         now = time.perf_counter()
-        values = {**values, "tokens_per_second": tokens / (now - self.start)}
+        values = {**values, **self._noise_scale(values), "tokens_per_second": tokens / (now - self.start)}
         self.start = now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
         with files.writable(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        line = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN)
+        line = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         self.console.print(f"step {step}  {line}", markup=False, soft_wrap=True)
+
+    def _noise_scale(self, values: dict[str, float]) -> dict[str, float]:
+        """In samples, from noise and signal averaged over the run so far: those of a single step say little."""
+        if not math.isfinite(values.get("noise", math.nan)):  # not measured, or a last batch of one piece
+            return {}
+        self.noise, self.signal = self.noise + values["noise"], self.signal + values["signal"]
+        return {"noise_scale": self.batch * self.noise / self.signal if self.signal > 0 else math.inf}

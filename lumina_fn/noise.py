@@ -38,8 +38,14 @@ def square(grads) -> Float[Tensor, ""]:
     return torch.stack([wide(g).square().sum() for g in pytree.tree_leaves(grads)]).sum()
 
 
+def piece(squares: list[Tensor], share: Float[Tensor, ""]) -> Float[Tensor, "2"]:
+    """What a micro batch adds to `noise_and_signal`'s squares and pieces: the squares of its units' gradients, its share of the tokens."""
+    some = share > 0
+    return torch.stack([torch.where(some, sum(squares) / share, 0.0), some.to(share.dtype)])
+
+
 def noise_and_signal(
-    squares: Float[Tensor, ""], pieces: Tensor, whole: Float[Tensor, ""]
+    squares: Float[Tensor, ""], pieces: Float[Tensor, ""], whole: Float[Tensor, ""]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Unbiased estimates of a batch gradient's variance and of the true gradient's squared norm, from its pieces'.
 

@@ -12,7 +12,7 @@ from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
 from lumina_fn.loss import Batch, loss, predicted
 from lumina_fn.model import Params, over_units
-from lumina_fn.noise import noise_and_signal, square
+from lumina_fn.noise import noise_and_signal, piece, square
 from lumina_fn.optim import AdamW
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.transform import inductor, jit
@@ -66,11 +66,11 @@ def make_train_step(
     world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
     whole = lambda grads, unit: pytree.tree_map(lambda g: g.to(_leaf(unit).dtype), grads)
 
-    def gradients(params: Params, micro: list[Batch], count: Tensor) -> tuple[Params, Tensor, Tensor]:
-        """This rank's part of the gradients' sum over all micro batches of all ranks; [loss, ce, z] and [squares, pieces] of its own."""
-        grads, terms, spread = None, 0, 0
+    def gradients(params: Params, micro: list[Batch], count: Tensor) -> tuple[Params, Tensor]:
+        """This rank's part of the gradients' sum over all micro batches of all ranks; [loss, ce, z] of its own, and what `noise` asks for."""
+        grads, terms = None, 0.0
         for batch in micro:
-            squares = []
+            squares: list[Tensor] = []
 
             def scatter(whole_grads, unit, squares=squares):
                 if noise:
@@ -80,18 +80,14 @@ def make_train_step(
             grads, more = walk(
                 cfg, seam, pair, params, batch, count, z_weight=z_weight, scatter=scatter, before=grads
             )  # fmt: skip
-            terms = terms + more
-            if noise:
-                share = predicted(batch.labels, cfg) / count
-                some = share > 0
-                spread = spread + torch.stack([torch.where(some, sum(squares) / share, 0), some])
-        return grads if sync else over_units(seam.scatter, grads, params), terms, spread
+            terms = terms + (torch.cat([more, piece(squares, predicted(batch.labels, cfg) / count)]) if noise else more)
+        return grads if sync else over_units(seam.scatter, grads, params), terms
 
     def update(state: TrainState, batch: Batch, lr: Tensor):
         micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
         count = collectives.all_reduce(predicted(batch.labels, cfg), world).clamp(min=1)
-        grads, terms, spread = gradients(state.params, micro, count)
-        total, ce, z = collectives.all_reduce(terms, world)
+        grads, terms = gradients(state.params, micro, count)
+        total, ce, z, *pieces = collectives.all_reduce(terms, world)
         norm = collectives.all_reduce(optim.global_norm(grads).square(), shards).sqrt()
         lr = lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
@@ -103,8 +99,7 @@ def make_train_step(
         metrics = {"loss": total, "ce": ce, "z": z, "grad_norm": norm, "lr": lr, "tokens": count}
         metrics |= {"skipped": skipped, "streak": streak}
         if noise:
-            spread = collectives.all_reduce(spread, world)
-            metrics["noise"], metrics["signal"] = noise_and_signal(*spread, norm.square())
+            metrics["noise"], metrics["signal"] = noise_and_signal(*pieces, norm.square())
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
     run = jit(update, inductor) if compile == "step" else update

@@ -135,6 +135,12 @@ def test_noise_is_measured_when_asked_for(call, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 5, 6, 7]
     assert ["noise" in row for row in rows] == [True, False, True, False]
+    measured = [row for row in rows if "noise" in row]
+    noise, signal = (sum(row[name] for row in measured) for name in ("noise", "signal"))
+    assert measured[-1]["noise_scale"] == (pytest.approx(4 * noise / signal) if signal > 0 else None)
+    assert (
+        "one micro batch" in call("--steps", 1, "--micro-batch", 8, "--noise-scale-every", 1, out=tmp_path / "b")[1][-1]
+    )
 
 
 def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path):

@@ -40,7 +40,7 @@ def oracle(size: int):
         shares = torch.stack([loss.predicted(x, TINY) for x in shards.labels]) / count
         squares = torch.stack([noise.square(pytree.tree_map(lambda g: g[i], each)) for i in range(len(shares))])  # noqa: B023
         some = shares > 0
-        both = noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum(), norm.square())
+        both = noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum().double(), norm.square())
         metrics.append([float(total.sum()), float(norm), *map(float, both)])
         new = optim.update(
             OPT, state.step + 1, torch.tensor(OPT.lr, dtype=torch.float64), norm, torch.tensor(False), state.params, grads,
