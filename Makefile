@@ -41,6 +41,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m experiments.bench_convert
+	$(BIN)/python -m experiments.bench_fsdp
 
 npu-check: setup
 	$(BIN)/python -m experiments.npu_check
