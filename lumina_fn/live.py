@@ -32,11 +32,8 @@ class Live(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.most: dict[str, Counter[str]] = {}
         self._known: dict[int, tuple[int, str, weakref.ref]] = {}  # of each storage: bytes, label, what notices its end
-        self._hidden = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._hidden:
-            return func(*args, **(kwargs or {}))
         if func in self.kernels:
             with self:
                 return self.kernels[func](*args)
@@ -70,13 +67,6 @@ class Live(TorchDispatchMode):
         self.label = outer
         for key in self._known.keys() - known:
             self._relabel(key, after)
-
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """What is made and freed in here is not counted."""
-        self._hidden = True
-        yield
-        self._hidden = False
 
     def _track(self, storage: UntypedStorage) -> None:
         key = id(storage)
@@ -132,6 +122,26 @@ def fused_peak(graph: GraphModule) -> int:
             if last[source] is node:
                 live.pop(source, None)
     return peak
+
+
+def outline(graph: GraphModule) -> Callable[..., Any]:
+    """A function of the graph's arguments that returns tensors without storage of its outputs' shapes, and computes nothing."""
+    nodes = _needed(graph)
+    memory, arguments = _memory(nodes), [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+    def run(*args):
+        made = dict(zip(arguments, args, strict=True))
+
+        def output(node: Node) -> Tensor:
+            source, like = memory[node], node.meta["val"]
+            if source not in made:
+                whole = source.meta["val"]
+                made[source] = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta")
+            return made[source].as_strided(like.shape, like.stride(), like.storage_offset())
+
+        return pytree.tree_map_only(Node, output, graph.graph.output_node().args[0])
+
+    return run
 
 
 def outputs(graph: GraphModule) -> int:

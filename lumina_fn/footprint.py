@@ -1,0 +1,227 @@
+"""What a training step holds in a device's memory, and when: seen by walking it on tensors without storage.
+
+The walk is the real one, so that what it keeps and drops is what is counted here. Kernels are the reference's; collectives are
+taken to need nothing but what they are given and return, unless `Setup.staged`.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+import ops
+from kernels import reference
+from lumina_fn import live, model, optim, train
+from lumina_fn.config import ModelConfig
+from lumina_fn.cost import Setup
+from lumina_fn.live import Live
+from lumina_fn.loss import Batch
+from lumina_fn.transform import Pair, compiled_pair, eager_pair
+from lumina_fn.walk import seams, walk
+from ops import collectives
+
+# What bytes are for.
+PARAMETERS = "parameters"
+MOMENTS = "moments"  # AdamW's
+GRADIENTS = "gradients"
+KEPT = "activations"  # from a forward to its backward
+GATHERED = "gathered"  # units, or cast ones
+BLOCK = "block"  # what a block's forward or backward needs on the way
+WHOLE = "unit_gradients"  # a whole unit's, before they are summed over devices
+FLAT = "flat_gradients"  # their copies that are
+LOSS = "loss"  # chunks of logits, and gradients of the head
+LABELS = (PARAMETERS, MOMENTS, GRADIENTS, KEPT, GATHERED, BLOCK, WHOLE, FLAT, LOSS)
+
+
+def memory(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
+    """Bytes by label at the fullest point of each moment of a step, in order; blocks between the first and the last are left out.
+
+    Every moment grows with the layers by as much from each to the next, so that three tell of any number.
+    """
+    if cfg.layers <= 3:
+        return _trace(cfg, setup)
+    two, three = (_trace(replace(cfg, layers=n), setup) for n in (2, 3))
+    more = lambda a, b: Counter({label: b[label] + (cfg.layers - 3) * (b[label] - a[label]) for label in a | b})
+    return {moment: more(two[moment], three[moment]) for moment in two}
+
+
+def peak(cfg: ModelConfig, setup: Setup) -> int:
+    """Bytes at the fullest point of a step."""
+    return max(by_label.total() for by_label in memory(cfg, setup).values())
+
+
+def kept(cfg: ModelConfig, setup: Setup) -> int:
+    """Bytes that a block adds to what is kept for the backward: its output, and what its backward needs beyond its arguments."""
+    pair, _ = _block(replace(cfg, layers=1), setup)
+    watch, arguments = _watch(setup), _arguments(cfg, setup)
+    watch.hold(arguments, KEPT)
+    before = watch.now.total()
+    with watch:
+        alive = pair.forward(*arguments)
+    after = watch.now.total()
+    del alive
+    return after - before
+
+
+def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
+    """`memory`, seen in a step of all layers: the last of its micro batches, and the update."""
+    watch, mesh = _watch(setup), setup.mesh
+    whole = model.init(cfg, device="meta", dtype=setup.masters)
+    state = train.init_state(whole, optim.AdamW(), mesh)
+    seam, blocks = seams(mesh, setup.dtype), _block_names(cfg)
+    units = ["embedding", *blocks, "head"]
+    before = None
+    if setup.micro_batches > 1:
+        before = pytree.tree_map(torch.empty_like, state.params if setup.sync else whole)
+    for tree, label in ((state.params, PARAMETERS), ((state.mu, state.nu), MOMENTS), (before, GRADIENTS)):
+        watch.hold(tree, label)
+    del whole
+    pair = _watched_pair(watch, *_block(replace(cfg, layers=1), setup), blocks)
+    seam = seam._replace(
+        forward=_watched_gather(
+            watch, seam.forward, ["lookup", *(f"gather, {b}" for b in blocks), "loss"], setup.forward_prefetch
+        ),
+        backward=_watched_gather(
+            watch, seam.backward, [f"second gather, {b}" for b in reversed(blocks)], setup.backward_prefetch
+        ),
+    )
+    as_masters = lambda grads, unit: pytree.tree_map(lambda g: g.to(setup.masters), grads)
+    scatter = _watched_scatter(watch, seam.scatter if setup.sync else as_masters, units[::-1], "gradients, {}")
+    shape = (setup.micro_batches, setup.micro_batch, setup.tokens)
+    batch = Batch(*(torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(2)))
+    watch.hold(batch, KEPT)
+    with watch:
+        grads, _ = walk(
+            cfg, seam, pair, state.params, Batch(*(x[-1] for x in batch)), torch.empty((), device="meta"), z_weight=0.0,
+            scatter=scatter, before=before,
+        )  # fmt: skip
+        del before
+        if not setup.sync:
+            last = _watched_scatter(watch, seam.scatter, units, "sum over devices, {}")
+            grads = model.over_units(last, grads, state.params)
+        with watch.phase("update", GRADIENTS, GRADIENTS):
+            pass
+    return watch.most
+
+
+def _watch(setup: Setup) -> Live:
+    scratch = {ops.linear_cross_entropy_pass: _loss_scratch}
+    if setup.staged:
+        scratch[collectives.reduce_scatter_op] = lambda x, _, size: x.numel() * x.element_size() // size
+    return Live(ops.REFERENCES, scratch, LOSS)
+
+
+def _loss_scratch(x: Tensor, weight: Tensor, target: Tensor, *others: Any) -> int:
+    """What the pass over chunks of rows needs beyond what it returns: that of two, each of which overlaps the next."""
+    some = 2 * reference.CHUNK
+    watch = Live({}, {}, LOSS)
+    watch.hold((x, weight, target), LOSS)
+    with watch, watch.phase("the pass", LOSS, LOSS):
+        out = reference.linear_cross_entropy_pass(x[:some], weight, target[:some], *others)
+    most, left = watch.most["the pass"].total(), watch.now.total()
+    del out
+    return most - left
+
+
+def _block_names(cfg: ModelConfig) -> list[str]:
+    return [
+        "the last block" if i == cfg.layers - 1 else "a block" if i else "the first block" for i in range(cfg.layers)
+    ]
+
+
+def _arguments(cfg: ModelConfig, setup: Setup) -> tuple[Tensor, ...]:
+    """A block's x, angles and leaves."""
+    one = model.init(replace(cfg, layers=1), device="meta", dtype=setup.dtype).blocks[0]
+    x = torch.empty(setup.micro_batch, setup.tokens, cfg.width, dtype=setup.dtype, device="meta")
+    return x, model.rope(torch.arange(setup.tokens, device="meta"), cfg), *pytree.tree_leaves(one)
+
+
+def _block(cfg: ModelConfig, setup: Setup) -> tuple[Pair, tuple[int, int]]:
+    return _pair(cfg, setup.micro_batch, setup.tokens, setup.dtype, setup.compiled, setup.keeps_inputs)
+
+
+@lru_cache(maxsize=64)  # plans of several device counts share what is traced
+def _pair(
+    cfg: ModelConfig, micro_batch: int, tokens: int, dtype: torch.dtype, compiled: bool, keep_inputs: bool
+) -> tuple[Pair, tuple[int, int]]:
+    """A block's pair, and what its forward and its backward need on the way unseen: compiled, they are outlines."""
+    arguments = _arguments(cfg, Setup(tokens=tokens, micro_batch=micro_batch, dtype=dtype))
+    spec = pytree.tree_structure(model.init(cfg, device="meta").blocks[0])
+    layer = lambda x, angles, *leaves: model.block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
+    if not compiled:
+        return eager_pair(layer, fixed=(1,), keep_inputs=keep_inputs), (0, 0)
+    needs = []
+
+    def backend(graph, examples):
+        needs.append(live.fused_peak(graph) - live.outputs(graph))
+        return live.outline(graph)
+
+    pair = compiled_pair(layer, fixed=(1,), keep_inputs=keep_inputs, backend=backend)
+    y, residuals = pair.forward(*arguments)
+    pair.backward(residuals, *arguments, torch.empty_like(y))
+    return pair, tuple(needs)
+
+
+def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], blocks: list[str]) -> Pair:
+    """The pair, called for these blocks in order and back."""
+    ways, names = iter(blocks), reversed(blocks)
+
+    def run(function: Callable, need: int, *args):
+        out = function(*args)
+        watch.pass_by(need)
+        return out
+
+    def forward(x, angles, *leaves):
+        watch.hold((x, angles), KEPT)
+        with watch.phase(f"forward, {next(ways)}", BLOCK, KEPT):
+            return run(pair.forward, needs[0], x, angles, *leaves)
+
+    def backward(*args):
+        watch.hold(args[-1], BLOCK)
+        with watch.phase(f"backward, {next(names)}", BLOCK, WHOLE):
+            return run(pair.backward, needs[1], *args)
+
+    return Pair(forward, backward)
+
+
+def _watched_gather(watch: Live, gather: Callable, moments: list[str], prefetch: bool) -> Callable:
+    """gather(units) -> an iterator of whole ones, each of which begins a moment; with prefetch as `sharding.ahead` with streams."""
+
+    def gathered(units: Iterable) -> Iterator:
+        wholes = gather(units)
+
+        def one(moment: str):
+            with watch.phase(moment, GATHERED, GATHERED):
+                return next(wholes)
+
+        return _ahead(map(one, moments)) if prefetch else map(one, moments)
+
+    return gathered
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The items, each once the next one is there too."""
+    queue = deque(islice(items, 1))
+    while queue:
+        queue.extend(islice(items, 1))
+        yield queue.popleft()
+
+
+def _watched_scatter(watch: Live, scatter: Callable, names: list[str], moment: str) -> Callable:
+    """scatter(gradients of a whole unit, unit) -> unit, called for these units in order."""
+    names = iter(names)
+
+    def scattered(grads, unit):
+        watch.hold(grads, WHOLE)
+        with watch.phase(moment.format(next(names)), FLAT, GRADIENTS):
+            part = scatter(grads, unit)
+        watch.hold(part, GRADIENTS)
+        return part
+
+    return scattered
