@@ -42,6 +42,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m experiments.bench_convert
 	$(BIN)/python -m experiments.bench_fsdp
+	$(BIN)/python -m experiments.bench_step
 
 npu-check: setup
 	$(BIN)/python -m experiments.npu_check
