@@ -108,7 +108,7 @@ def notes(device: Device, name: str, dtype: torch.dtype) -> list[str]:
     if name == CPU:
         lines.append(
             "cpu: this machine, measured just now, shared by the processes of a node. glibc keeps freed memory on top of what is "
-            "predicted, 7 to 27 % in steps that were measured, unless MALLOC_MMAP_THRESHOLD_=131072 is set."
+            "predicted, often 10 to 30 %, unless MALLOC_MMAP_THRESHOLD_=131072 is set."
         )
     elif dtype != torch.bfloat16:
         lines.append(
