@@ -83,12 +83,12 @@ all_reduce_op = define(
 Group = tuple[str, int]  # a process group's name and size; one of size 1 says nothing
 
 
-def all_gather(x: Float[Tensor, " n"], group: Group) -> Float[Tensor, " size*n"]:
+def all_gather(x: Float[Tensor, " n"], group: Group) -> Float[Tensor, " m"]:
     """Every rank's vector, one after the other."""
     return x if group[1] == 1 else all_gather_op(x, *group)
 
 
-def reduce_scatter(x: Float[Tensor, " size*n"], group: Group) -> Float[Tensor, " n"]:
+def reduce_scatter(x: Float[Tensor, " m"], group: Group) -> Float[Tensor, " n"]:
     """This rank's part of the sum over ranks."""
     return x if group[1] == 1 else reduce_scatter_op(x, *group)
 
@@ -115,13 +115,13 @@ class _Gather(torch.autograd.Function):
 
 def gather(
     part: Float[Tensor, " n"], group: Group, replicas: Group, param_dtype: torch.dtype, reduce_dtype: torch.dtype
-) -> Float[Tensor, " size*n"]:
+) -> Float[Tensor, " m"]:
     """The whole vector in param_dtype; its backward is `scatter`."""
     return _Gather.apply(part, group, replicas, param_dtype, reduce_dtype)
 
 
 def scatter(
-    d: Float[Tensor, " size*n"], group: Group, replicas: Group, dtype: torch.dtype, reduce_dtype: torch.dtype
+    d: Float[Tensor, " m"], group: Group, replicas: Group, dtype: torch.dtype, reduce_dtype: torch.dtype
 ) -> Float[Tensor, " n"]:
     """This rank's part of the gradients' sum over all ranks, added up in reduce_dtype."""
     return all_reduce(reduce_scatter(d.to(reduce_dtype), group), replicas).to(dtype)
