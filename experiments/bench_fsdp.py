@@ -32,6 +32,7 @@ CFG = ModelConfig(vocab=16_384, width=512, layers=6, heads=8, kv_heads=8, hidden
 OPT = AdamW(lr=1e-4, decay=0.1, clip=1.0)
 LOSS, NORM = 1e-5, 1e-4  # how far losses, and gradient norms relative to themselves, may be apart
 MB = 1e6
+BUSY = ": the machine is busy, and wall times say little"
 
 Step = Callable[[Batch], tuple[float, float]]  # a batch to its loss and gradient norm
 
@@ -165,8 +166,10 @@ def compare(name: str, run: Settings, remat: bool) -> dict[str, Any]:
     }
     reason = "; ".join(text for text, fine in met.items() if not fine)
     seconds = [statistics.median(step.wall for step in side) for side in (ours, theirs)]
+    share = statistics.median(step.cpu / step.wall / RANKS for step in ours + theirs)
     print(f"{name}: losses {loss:.0e} apart, gradient norms {norm:.0e} of themselves")
     print(f"  step       {seconds[0]:.2f} s, theirs {seconds[1]:.2f} s; wall {_spread(wall)}, CPU time {_spread(cpu)}")
+    print(f"  a process had {share:.2f} of a core{BUSY if share < 0.8 else ''}")
     for of in ("peak", "making", "steps"):
         whole = [getattr(memory, of) for memory in peaks]
         above = [size - memory.imported for size, memory in zip(whole, peaks, strict=True)]
