@@ -150,7 +150,7 @@ def _setup(run: Settings, cfg: ModelConfig, n: int, compute: torch.dtype) -> Set
         sync=run.sync,
         forward_prefetch=run.forward_prefetch and run.device != CPU,
         backward_prefetch=run.backward_prefetch and run.device != CPU,
-        staged=run.device == CPU,
+        cpu=run.device == CPU,
     )
 
 

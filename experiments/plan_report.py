@@ -22,6 +22,7 @@ TITLES = {
     footprint.WHOLE: "a unit's gradients",
     footprint.FLAT: "their flat copies",
     footprint.LOSS: "loss chunks",
+    footprint.FREED: "freed, not given back",
 }
 
 
@@ -71,6 +72,7 @@ def table(plans: list[Plan]) -> list[str]:
     rows = {
         f"{title}, {name}": [f"{size(plan.at_peak[label])} ({size(plan.at_most[label])})" for plan in plans]
         for label, title in TITLES.items()
+        if any(plan.at_most[label] for plan in plans)
     }
     rows |= {
         f"**predicted peak, {name}**": [size(plan.peak) for plan in plans],
@@ -107,8 +109,8 @@ def notes(device: Device, name: str, dtype: torch.dtype) -> list[str]:
     ]
     if name == CPU:
         lines.append(
-            "cpu: this machine, measured just now, shared by the processes of a node. glibc keeps freed memory on top of what is "
-            "predicted, often 10 to 30 %, unless MALLOC_MMAP_THRESHOLD_=131072 is set."
+            "cpu: this machine, measured just now, shared by the processes of a node. What is freed and not given back is what glibc "
+            "keeps by itself; with MALLOC_MMAP_THRESHOLD_=131072 it is next to nothing, and steps take 10 to 30 % more CPU time."
         )
     elif dtype != torch.bfloat16:
         lines.append(

@@ -29,7 +29,7 @@ class Setup:
     sync: bool = True
     forward_prefetch: bool = False
     backward_prefetch: bool = False
-    staged: bool = False  # a part is received before it is added, as on a CPU
+    cpu: bool = False  # where a part is received before it is added, and malloc keeps some of what is freed
 
     @property
     def mesh(self) -> Mesh | None:

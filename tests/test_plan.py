@@ -70,7 +70,9 @@ def held(rank: int, size: int, cases: list[tuple[ModelConfig, Setup]]) -> list[t
         watch.hold(state, "")
         with watch, watch.phase("step", "", ""):
             step(state, batch)
-        found.append((footprint.peak(cfg, setup), watch.most["step"].total()))
+        moments = footprint.memory(cfg, setup).values()
+        predicted = max(most.total() - most[footprint.FREED] for most in moments)
+        found.append((predicted, watch.most["step"].total()))
     return found
 
 
@@ -78,7 +80,7 @@ def cases(size: int) -> list[tuple[ModelConfig, Setup]]:
     kinds = [(torch.float32, *kind) for kind in itertools.product((False, True), ((1, True), (2, True), (2, False)))]
     kinds += [(BF16, False, (2, True)), (BF16, True, (1, True))]
     return [
-        (TINY, Setup(size, *sharded, 96, 2, count, dtype, dtype, remat=remat, sync=sync, staged=True))
+        (TINY, Setup(size, *sharded, 96, 2, count, dtype, dtype, remat=remat, sync=sync, cpu=True))
         for sharded, (dtype, remat, (count, sync)) in itertools.product(STRATEGIES[: None if size > 1 else 1], kinds)
     ]
 
@@ -130,7 +132,7 @@ def candidates(seed: int) -> Iterator[tuple[ModelConfig, Setup]]:
         )  # fmt: skip
         setup = Setup(
             size, pick(sharding.STRATEGIES), pick([1, 2]), pick([256, 384, 512]), pick([1, 2]), pick([1, 2]),
-            remat=pick([False, True]), compiled=pick([False, False, True]), sync=pick([False, True]), staged=True,
+            remat=pick([False, True]), compiled=pick([False, False, True]), sync=pick([False, True]), cpu=True,
         )  # fmt: skip
         if cost.flops(cfg, setup.tokens) * setup.tokens * setup.micro_batch * setup.micro_batches < 2e11:
             yield cfg, setup
@@ -155,9 +157,7 @@ def drawn():
 
 @SLOW
 @pytest.mark.parametrize("case", range(5))
-def test_the_predicted_peak_is_within_15_percent_of_what_a_process_takes(case, drawn, monkeypatch):
-    """With malloc told to give freed tensors back at once: else it keeps as much as it happens to, and even ranks differ."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+def test_the_predicted_peak_is_within_15_percent_of_what_a_process_takes(case, drawn):
     cfg, setup, peak = drawn[case]
     for measured in processes.run(setup.devices, resident, cfg, setup):
         assert peak == pytest.approx(measured, rel=0.15), (cfg, setup)
@@ -267,6 +267,7 @@ def gathered(rank: int, size: int, setups: list[Setup]) -> list[int]:
     return [max(most["gathered"] for most in footprint.memory(TINY, setup).values()) for setup in setups]
 
 
+@SLOW
 def test_units_that_are_whole_at_once():
     kinds = ({}, {"forward_prefetch": True}, {"strategy": "sdp"}, {"strategy": "no"})
     setups = [Setup(4, tokens=32, **kind) for kind in kinds]
@@ -333,6 +334,7 @@ def call(*flags: object, code: str = PLAN) -> str:
     return done.stdout
 
 
+@SLOW
 def test_a_table_has_a_column_for_each_number_of_devices():
     lines = call("--devices", 1, 2, 16, *SMALL).splitlines()
     table = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
@@ -344,6 +346,7 @@ def test_a_table_has_a_column_for_each_number_of_devices():
     assert parameters == sorted(parameters, reverse=True)
 
 
+@SLOW
 def test_json_holds_a_plan_for_each():
     flags = ["--batch", 24, "--micro-batch", 2, "--strategy", "hybrid", "--shard-size", 2, "--json"]
     two, four = json.loads(call("--devices", 2, 4, *SMALL, *flags))
@@ -355,6 +358,7 @@ def test_json_holds_a_plan_for_each():
     assert four["seconds"]["reductions"] > 0
 
 
+@SLOW
 def test_this_machine_is_measured():
     one, two = json.loads(call("--devices", 1, 2, *SMALL, "--device", "cpu", "--efficiency", 0.5, "--json"))
     assert 0 < one["mfu"] < 0.5

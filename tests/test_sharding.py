@@ -151,6 +151,7 @@ def saved(rank: int, size: int, folder) -> None:
     checkpoint.save_model(folder / "parts", params, TINY, mesh=mesh, dtype=torch.bfloat16)
 
 
+@SLOW
 def test_a_model_saved_from_its_parts_is_the_whole_one(tmp_path):
     processes.run(3, saved, tmp_path)
     checkpoint.save_model(tmp_path / "whole", model.init(TINY), TINY, dtype=torch.bfloat16)
