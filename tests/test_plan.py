@@ -144,8 +144,8 @@ def first_five(rank: int, size: int, seed: int) -> list[tuple[int, int]]:
     return list(islice(((i, peak) for i, peak in peaks if 300e6 < peak < 1500e6), 5))
 
 
-# Drawn by `random.SystemRandom` after 8fca65a, which fixed all constants that a prediction depends on.
-SEED = 397_391_751
+# Drawn by `random.SystemRandom` after 830f3ed, which fixed all constants that a prediction depends on.
+SEED = 389_376_642
 
 
 @pytest.fixture(scope="module")
