@@ -15,15 +15,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from experiments import settings
+from experiments import settings, stopping
 from experiments.ending import ECHO, Ending, watch_launcher, watch_neighbour
+from experiments.stopping import Stop
 from lumina_fn import errors
 from lumina_fn.errors import InputError
 from lumina_fn.sharding import Mesh
@@ -47,6 +48,7 @@ class World:
     launch: dist.Store | None = None  # what earlier attempts of this launch left is still there
     attempt: dist.Store | None = None
     control: dist.ProcessGroupGloo | None = None  # on the CPU, whatever device computes
+    ending: Ending | None = None
 
     def say(self, text: str) -> None:
         """A line on the terminal, once."""
@@ -57,6 +59,20 @@ class World:
         """Wait for all ranks; one that fails instead ends them all."""
         if self.control is not None:
             self.control.barrier().wait()
+
+    def background_barrier(self) -> Callable[[], None]:
+        """A `barrier` for threads of their own, which says nothing to the others'. Every rank asks for it at the same place."""
+        if self.size == 1:
+            return lambda: None
+        store = dist.PrefixStore("background", self.attempt)
+        group = dist.ProcessGroupGloo(store, self.rank, self.size, FOREVER)
+        return lambda: group.barrier().wait()
+
+    def stopping(self) -> AbstractContextManager[Stop]:
+        """While it lasts, who asks this run to stop gets an end after a step instead of one at once."""
+        if self.ending is None:
+            return stopping.alone()
+        return stopping.together(self.rank, self.size, self.attempt, self.ending)
 
     def total(self, n: int) -> int:
         """The sum over ranks."""
@@ -130,7 +146,7 @@ def _join(rank: int, size: int, local_rank: int, local_size: int, ending: Ending
         attempt = dist.PrefixStore(_meet(launch, rank, size), launch)
         ending.where = (store.host, store.port)
         ending.store = attempt.clone()  # a connection of its own: the other may be waiting
-        world = World(rank, size, local_rank, local_size, launch, attempt)
+        world = World(rank, size, local_rank, local_size, launch, attempt, ending=ending)
         if size == 1:
             return world, lambda: None
         address = _own_address(os.environ["MASTER_ADDR"], many_hosts=size > local_size)

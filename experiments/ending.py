@@ -36,6 +36,7 @@ class Ending:
         self.store: dist.Store | None = None  # which knows the first one, once ranks have met
         self.where = ("", 0)  # that store's host and port
         self.taken = threading.Lock()
+        self.graceful: Callable[[int], None] | None = None  # takes a signal while a run can save its state
 
     def __call__(self, code: int, reason: str) -> NoReturn:
         self.taken.acquire()  # and never given back
@@ -79,6 +80,10 @@ def watch_launcher(ending: Ending) -> None:
     def watch() -> None:
         while True:
             if select.select([signals], [], [], 1)[0] and (number := signals.recv(1)[0]) in STOP:
+                if ending.graceful is not None:
+                    graceful, ending.graceful = ending.graceful, None  # a second signal ends it at once
+                    graceful(number)
+                    continue
                 time.sleep(ECHO)  # where a rank is lost, the launcher stops the others: that loss is the reason then
                 ending(128 + number, f"stopped by {signal.Signals(number).name}")
             if launcher_is_gone():

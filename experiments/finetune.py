@@ -3,12 +3,14 @@
     python -m experiments.finetune --model DIR --features DIR --out DIR
     torchrun --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
 
-OUT receives metrics.jsonl while it runs and model/, a native folder, at the end. With torchrun each process trains on its
-share of every batch and keeps its part of the model; experiments/launch has scripts for one machine and for two. Without
-arguments this is the embedded default: the fine-tune of `make demo`.
+OUT receives metrics.jsonl and checkpoints/ while it runs and model/, a native folder, at the end. The same command goes on
+from the last checkpoint; SIGTERM and SIGINT (Ctrl-C) end a run after its step, with a checkpoint. With torchrun each process
+trains on its share of every batch and keeps its part of the model; experiments/launch has scripts for one machine and for two.
+Without arguments this is the embedded default: the fine-tune of `make demo`.
 """
 
-import math
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,10 +21,11 @@ from typing import Annotated, Literal
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import distributed, run_folder, settings
+from experiments import checks, distributed, resuming, run_folder, settings
 from experiments.distributed import ALONE, World
 from experiments.metrics import Log
-from lumina_fn import batches, checkpoint, data, errors, files, model, optim, prompt, train
+from experiments.resuming import Checkpoints
+from lumina_fn import batches, checkpoint, data, errors, files, model, optim, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from lumina_fn.sharding import Mesh
@@ -36,7 +39,7 @@ REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 class Settings:
     model: Annotated[Path, "the model: a native or Hugging Face folder"]
     features: Annotated[Path, "a folder written by experiments.pretokenize"]
-    out: Annotated[Path, "the run's folder, must not exist"]
+    out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
     steps: Annotated[int, "how many"] = 5000
     batch: Annotated[int, "samples per step, over all processes"] = 8
     micro_batch: Annotated[
@@ -96,13 +99,23 @@ class Settings:
         int,
         "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
     ] = 0
+    save_every: Annotated[
+        int, "steps between checkpoints, of which one is also written early and one at the end; 0: none"
+    ] = 500
+    keep: Annotated[int, "checkpoints that are kept: the last ones"] = 2
+    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too"] = None
+    resume: Annotated[
+        str,
+        "auto: from OUT's last checkpoint, if it has one; no; the step of a checkpoint; or last-good: the last whose files are "
+        "as they were written. Later checkpoints are then set aside",
+    ] = "auto"
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
 def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     argv = sys.argv[1:] if argv is None else argv
     run = settings.parse(Settings, __doc__, argv or _embedded_default(world))
-    _check(run)
+    checks.flags(run)
     device = world.device(run.device)
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
@@ -116,29 +129,36 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     if run.batch < world.size:
         world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
     out = files.place(run.out, [run.model, run.features])
-    # What an earlier attempt of this launch left in OUT is its own.
-    overwrite = run.overwrite or world.remembers(f"made {out}")
-    if world.rank == 0:
-        run_folder.check(out, overwrite)  # loading a large model takes minutes
+    # What an earlier attempt of this launch left in OUT is its own, and is continued.
+    resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
+    afresh = world.rank == 0 and run_folder.check(out, resume, overwrite)  # loading a large model takes minutes
     world.barrier()
     features = data.FeatureSet(run.features)
-    masters = torch.promote_types(compute, torch.float32)
-    if mesh is None:
-        params, cfg = checkpoint.load_model(run.model, device, masters)
-    else:
-        params, cfg = checkpoint.load_parts(run.model, mesh, masters)
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
+    cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
-    _check_features(run, world, features, cfg)
-    with run_folder.made(out, overwrite) if world.rank == 0 else nullcontext():
+    checks.features(run, world, features, cfg)
+    about = resuming.identity(run, cfg, compute, *_exchanged(run, compute))
+    with run_folder.held(out, afresh) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             world.remember(f"made {out}")
-        world.barrier()
-        state = finetune(run, world, mesh, params, cfg, features, device, compute)
+        start = world.total(resuming.starting_step(out / run_folder.CHECKPOINTS, resume) if world.rank == 0 else 0)
+        if start >= run.steps and (out / run_folder.MODEL).exists():
+            print(
+                f"all {run.steps} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on"
+            )
+            return 0
+        state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
+        kept = Checkpoints(
+            out / run_folder.CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
+        )
+        state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
+        if stopped is not None:
+            return _say_stopped(world, argv, stopped, int(state.step), kept)
         broken = int(state.streak) >= STREAK
-        folder = run.out / ("last_good" if broken else "model")
+        folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
         stored = checkpoint.stored_dtype(run.model)
-        checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
+        checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
     if broken:
         world.say(
             f"error: the last {int(state.streak)} steps had no finite loss and gradient; the parameters before them are in "
@@ -149,44 +169,84 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     return 0
 
 
+def _state(
+    run: Settings, world: World, mesh: Mesh | None, cfg: ModelConfig, device: torch.device, compute: torch.dtype, out: Path,
+    start: int, about: dict,
+) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
+    """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
+    if start:
+        like = model.init(cfg, device="meta")
+        state, meta = checkpoint.restore(out / run_folder.CHECKPOINTS, start, mesh, device=device, like=like)
+        resuming.check(meta, about, out, run.features)
+        world.say(f"going on after step {start}")
+    else:
+        masters = torch.promote_types(compute, torch.float32)
+        if mesh is None:
+            params, _ = checkpoint.load_model(run.model, device, masters)
+        else:
+            params, _ = checkpoint.load_parts(run.model, mesh, masters)
+        state, meta = train.init_state(params, _optimizer(run), mesh), {"totals": {}}
+    world.barrier()
+    if world.rank == 0:
+        resuming.cut_back(out, start, world)
+        if not start:
+            checkpoint.save_heritage(out / run_folder.ORIGIN, run.model)
+    world.barrier()
+    return state, meta["totals"]
+
+
+def _say_stopped(world: World, argv: Sequence[str], number: int, step: int, kept: Checkpoints) -> int:
+    program = "python" if world.ending is None else "torchrun ..."
+    command = shlex.join([*program.split(), "-m", "experiments.finetune", *argv])
+    name = signal.Signals(number).name
+    if kept.every:
+        world.say(f"stopped by {name} after step {step}, which is saved; resume with: {command}")
+    else:
+        world.say(f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for")
+    return 128 + number
+
+
 def finetune(
-    run: Settings, world: World, mesh: Mesh | None, params, cfg: ModelConfig, features: data.FeatureSet,
-    device: torch.device, compute: torch.dtype,
-) -> TrainState:  # fmt: skip
-    """The state after run.steps, or earlier where a log interval finds the run broken."""
-    rate = (
-        optim.cosine(run.lr, run.warmup, run.steps) if run.schedule == "cosine" else optim.constant(run.lr, run.warmup)
-    )
-    opt = train.AdamW(rate, decay=run.weight_decay, clip=run.clip)
+    run: Settings, world: World, mesh: Mesh | None, state: TrainState, kept: Checkpoints, cfg: ModelConfig,
+    features: data.FeatureSet, device: torch.device, compute: torch.dtype,
+) -> tuple[TrainState, int | None]:  # fmt: skip
+    """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
     make_step = lambda noise: train.make_train_step(
-        cfg, opt, mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
+        cfg, _optimizer(run), mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
         remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
         donate=True, sync=run.sync, noise=noise,
     )  # fmt: skip
     step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
-    state = train.init_state(params, opt, mesh)
-    with Log(run.out / "metrics.jsonl", run.steps, run.batch) if world.rank == 0 else nullcontext() as log:
-        stream = batches.training_batches(
-            features, range(run.steps), batch=run.batch, micro_batch=_micro_batch(run, world),
-            max_positions=cfg.max_positions, end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop,
-            last=run.last, rank=world.rank, size=world.size,
-        )  # fmt: skip
-        tokens = 0
-        for n, batch in enumerate(stream, 1):
+    steps = range(int(state.step), run.steps)
+    stream = batches.training_batches(
+        features, steps, batch=run.batch, micro_batch=_micro_batch(run, world), max_positions=cfg.max_positions,
+        end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop, last=run.last, rank=world.rank,
+        size=world.size,
+    )  # fmt: skip
+    tokens, stopped = 0, None
+    log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()
+    with log, world.stopping() as stop:
+        for n, batch in enumerate(stream, steps.start + 1):
+            if stop.before(n):
+                stopped = stop.number
+                kept.save(n - 1, state)
+                break
             noisy = run.noise_scale_every and n % run.noise_scale_every == 0
             batch = train.Batch(*(x.to(device, non_blocking=True) for x in batch))
             state, metrics = (noisy_step if noisy else step)(state, batch)
             tokens += batch.tokens.numel()
-            if log:
+            if world.rank == 0:
                 log.advance()
             if noisy or n % run.log_every == 0 or n == run.steps:  # the only place that waits for the device
                 values = {name: value.item() for name, value in metrics.items()}
                 tokens, trained = 0, world.total(tokens)
-                if log:
-                    log.write(n, values, trained)
+                if world.rank == 0:
+                    kept.totals = log.write(n, values, trained)
                 if values["streak"] >= STREAK:
                     break
-    return state
+            kept.save_if_due(n, state)
+        kept.wait()
+    return state, stopped
 
 
 def _embedded_default(world: World) -> list[str]:
@@ -199,10 +259,22 @@ def _embedded_default(world: World) -> list[str]:
     return tasks.finetune_flags()
 
 
+def _optimizer(run: Settings) -> train.AdamW:
+    rate = (
+        optim.cosine(run.lr, run.warmup, run.steps) if run.schedule == "cosine" else optim.constant(run.lr, run.warmup)
+    )
+    return train.AdamW(rate, decay=run.weight_decay, clip=run.clip)
+
+
+def _exchanged(run: Settings, compute: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """What parameters are gathered in, and gradients summed in."""
+    return _dtype(run.param_dtype, compute), _dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32))
+
+
 def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtype) -> Mesh | None:
+    param_dtype, reduce_dtype = _exchanged(run, compute)
     return distributed.mesh(
-        world, device, strategy=run.strategy, shard_size=run.shard_size, param_dtype=_dtype(run.param_dtype, compute),
-        reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
+        world, device, strategy=run.strategy, shard_size=run.shard_size, param_dtype=param_dtype, reduce_dtype=reduce_dtype,
         forward_prefetch=run.forward_prefetch, backward_prefetch=run.backward_prefetch,
     )  # fmt: skip
 
@@ -214,55 +286,6 @@ def _micro_batch(run: Settings, world: World) -> int:
 
 def _parameters(cfg: ModelConfig) -> int:
     return sum(leaf.numel() for leaf in pytree.tree_leaves(model.init(cfg, device="meta")))
-
-
-def _check(run: Settings) -> None:
-    for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0),
-                        ("noise_scale_every", 0)):  # fmt: skip
-        if getattr(run, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected at least {least}")
-    if not 0 < run.lr < math.inf:
-        raise InputError(f"--lr {run.lr}: expected a positive, finite number")
-    if not run.clip > 0:
-        raise InputError(f"--clip {run.clip}: expected a positive number (inf: never)")
-    for name in ("weight_decay", "z_weight"):
-        if not 0 <= getattr(run, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected a finite number, at least 0")
-    if not 0 <= run.caption_drop <= 1:
-        raise InputError(f"--caption-drop {run.caption_drop}: expected a probability from 0 to 1")
-    if run.shard_size is not None and run.shard_size < 1:
-        raise InputError(f"--shard-size {run.shard_size}: expected at least 1")
-    for name in ("param_dtype", "reduce_dtype"):
-        if getattr(run, name) == "float16":
-            raise InputError(
-                f"--{name.replace('_', '-')} float16: float16 gradients underflow without loss scaling, which is not offered: "
-                "use bfloat16 or float32"
-            )
-
-
-def _check_features(run: Settings, world: World, features: data.FeatureSet, cfg: ModelConfig) -> None:
-    if not batches.steps_per_epoch(len(features), run.batch, run.last):
-        what = "is empty" if not len(features) else f"has {len(features)} items, fewer than --batch {run.batch}"
-        raise InputError(f"{run.features} {what}: nothing to train on; pretokenize more, or use --last partial")
-    if features.largest_id >= cfg.vocab:
-        raise InputError(
-            f"{run.features} holds id {features.largest_id}, {run.model} has ids 0 to {cfg.vocab - 1}: "
-            "these features were made for another model; run experiments.pretokenize with this one"
-        )
-    if (run.model / "tokenizer.json").exists():
-        own = prompt.load_tokenizer(run.model).fingerprint
-        if own != features.origin.tokenizer:
-            raise InputError(
-                f"{run.features} was made with tokenizer {features.origin.tokenizer[:12]}, {run.model} has {own[:12]}: "
-                "run experiments.pretokenize with this model"
-            )
-    else:
-        world.say(
-            f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
-        )
-    longest = max(features.lengths())
-    if longest > cfg.max_positions:
-        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -14,14 +15,14 @@ SHOWN = ("loss", "ce", "z", "grad_norm", "lr", "noise_scale", "tokens_per_second
 
 
 class Log:
-    """metrics.jsonl and a progress bar, of steps over `batch` samples."""
+    """metrics.jsonl and a progress bar, of steps over `batch` samples; `totals` are those that an earlier part of the run came to."""
 
-    def __init__(self, path: Path, steps: int, batch: int):
+    def __init__(self, path: Path, steps: range, batch: int, totals: Mapping[str, float]):
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(console=self.console, disable=not self.console.is_terminal)
         self.path, self.batch = path, batch
-        self.noise = self.signal = 0.0  # sums over the steps that measured them
-        self.task = self.progress.add_task("training", total=steps)
+        self.totals = {"noise": 0.0, "signal": 0.0, **totals}  # over the steps that measured them
+        self.task = self.progress.add_task("training", total=steps.stop, completed=steps.start)
         self.start = time.perf_counter()
 
     def __enter__(self) -> "Log":
@@ -35,8 +36,8 @@ class Log:
         """A step is on its way."""
         self.progress.advance(self.task)
 
-    def write(self, step: int, values: dict[str, float], tokens: int) -> None:
-        """A step's metrics; `tokens` were trained on since the last time, padding included."""
+    def write(self, step: int, values: dict[str, float], tokens: int) -> dict[str, float]:
+        """A step's metrics; `tokens` were trained on since the last time, padding included. Returns the totals so far."""
         now = time.perf_counter()
         values = {**values, **self._noise_scale(values), "tokens_per_second": tokens / (now - self.start)}
         self.start = now
@@ -45,10 +46,12 @@ class Log:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         line = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         self.console.print(f"step {step}  {line}", markup=False, soft_wrap=True)
+        return self.totals
 
     def _noise_scale(self, values: dict[str, float]) -> dict[str, float]:
         """In samples, from noise and signal averaged over the run so far: those of a single step say little."""
         if not math.isfinite(values.get("noise", math.nan)):  # not measured, or a last batch of one piece
             return {}
-        self.noise, self.signal = self.noise + values["noise"], self.signal + values["signal"]
-        return {"noise_scale": self.batch * self.noise / self.signal if self.signal > 0 else math.inf}
+        self.totals = {name: total + values[name] for name, total in self.totals.items()}
+        noise, signal = self.totals.values()
+        return {"noise_scale": self.batch * noise / signal if signal > 0 else math.inf}

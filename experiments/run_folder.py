@@ -1,4 +1,4 @@
-"""OUT, the folder of a run: one process writes it at a time, and what an earlier run left there is never mixed with it."""
+"""OUT, the folder of a run: one process writes it at a time, and what is not a run's is never removed."""
 
 import fcntl
 import os
@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lumina_fn import files
+from lumina_fn import files, manifest
 from lumina_fn.errors import InputError
 
-CONTENTS = {"metrics.jsonl", "model", "last_good"}
+METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD = "metrics.jsonl", "checkpoints", "origin", "model", "last_good"
+CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD}
 
 
 @contextmanager
-def made(out: Path, overwrite: bool) -> Iterator[None]:
-    """OUT, made and locked by this process; what an earlier run left there is an error, or removed with `overwrite`."""
+def held(out: Path, afresh: bool) -> Iterator[None]:
+    """OUT, made and locked by this process; what an earlier run left there stays, unless this one begins afresh."""
     with files.writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         # The root has no name, and is never free.
@@ -31,23 +32,35 @@ def made(out: Path, overwrite: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        check(out, overwrite)
         with files.writable(out):
-            if out.exists():
+            if afresh and out.exists():
                 shutil.rmtree(out)
-            out.mkdir()
+            out.mkdir(exist_ok=True)
         yield
 
 
-def check(out: Path, overwrite: bool) -> None:
-    """InputError unless OUT is free, or holds a run and may be overwritten."""
+def check(out: Path, resume: str, overwrite: bool) -> bool:
+    """Whether a run begins afresh there: InputError where OUT holds something else, or a run that this one would spoil."""
     with files.writable(out):
         if not out.exists():
-            return
-        if not overwrite:
-            raise InputError(f"{out} exists: give a new place, or --overwrite to start afresh there")
+            if resume not in ("no", "auto"):
+                raise InputError(f"--resume {resume}: {out} does not exist, there is nothing to go on from")
+            return True
         strangers = [] if not out.is_dir() else sorted(p.name for p in out.iterdir() if p.name not in CONTENTS)
         if strangers or not out.is_dir():
             raise InputError(
                 f"{out} is no run's folder{f' (it holds {strangers[0]})' if strangers else ''}: give another place"
             )
+        if overwrite:
+            return True
+        if resume == "no" and any(out.iterdir()):
+            raise InputError(
+                f"{out} holds a run: give a new place, --overwrite to start afresh there, or --resume auto"
+            )
+        saved = manifest.steps(out / CHECKPOINTS)
+        for name in (MODEL, LAST_GOOD):
+            if not saved and (out / name).exists():
+                raise InputError(
+                    f"{out} holds a model and no checkpoint to go on from: give a new place, or --overwrite to start afresh there"
+                )
+        return not saved and not any((out / CHECKPOINTS).glob("*.aside"))

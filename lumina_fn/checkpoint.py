@@ -17,8 +17,15 @@ from torch import Tensor
 from lumina_fn import files, model, names, sharding, sources, tensor_files, vq
 from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
+from lumina_fn.manifest import steps, verify
+from lumina_fn.saved_state import restore, save
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.tensor_files import Later, Source
+
+__all__ = [
+    "load_model", "load_parts", "load_vq", "read_config", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",
+    "stored_dtype", "verify",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +69,11 @@ def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32)
         return Sharded(out, layout)
 
     return model.over_units(part, like), source.cfg
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The sizes of a transformer in a native, Hugging Face or MindSpeed release folder."""
+    return _transformer(path).cfg
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
@@ -131,6 +143,15 @@ def _gathered(params: model.Params, mesh: Mesh) -> Iterator[Tensor]:
 def _whole_shapes(params: model.Params, like: Iterable[str]) -> Shapes:
     shapes = [shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes]
     return dict(zip(like, shapes, strict=True))
+
+
+def save_heritage(path: str | Path, source: str | Path) -> None:
+    """A folder with what a model made from `source` takes over from it beside weights; one that is there is replaced."""
+    config, companions = sources.heritage(source)
+    with files.new_folder(path, overwrite=True) as folder:
+        copy_companions(folder, companions)
+        if config is not None:
+            write_json(folder / "config.json", config)
 
 
 def save_vq(path: str | Path, params: vq.Params, cfg: VQConfig, *, overwrite: bool = False) -> None:

@@ -35,7 +35,7 @@ def new_folder(dst: str | Path, overwrite: bool = False) -> Iterator[Path]:
         with writable(dst):
             sync(tmp)
             _take_place(tmp, dst, overwrite)
-        _sync_one(dst.parent)
+        sync_one(dst.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         os.close(lock)
@@ -54,18 +54,18 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             tmp.replace(path)
         finally:
             tmp.unlink(missing_ok=True)
-        _sync_one(path.absolute().parent)
+        sync_one(path.absolute().parent)
 
 
 def sync(folder: Path) -> None:
     """Force every file under `folder`, and the folders themselves, onto the disk."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync_one(Path(root, name))
-        _sync_one(Path(root))
+            sync_one(Path(root, name))
+        sync_one(Path(root))
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

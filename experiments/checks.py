@@ -1,0 +1,64 @@
+"""What experiments.finetune refuses before it begins: flags, and features that do not belong to the model."""
+
+import math
+from typing import Any
+
+from experiments.distributed import World
+from lumina_fn import batches, data, prompt
+from lumina_fn.config import ModelConfig
+from lumina_fn.errors import InputError
+
+
+def flags(run: Any) -> None:
+    """InputError for a flag of experiments.finetune whose value makes no sense."""
+    for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0),
+                        ("noise_scale_every", 0), ("save_every", 0), ("keep", 1)):  # fmt: skip
+        if getattr(run, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected at least {least}")
+    if not 0 < run.lr < math.inf:
+        raise InputError(f"--lr {run.lr}: expected a positive, finite number")
+    if not run.clip > 0:
+        raise InputError(f"--clip {run.clip}: expected a positive number (inf: never)")
+    for name in ("weight_decay", "z_weight"):
+        if not 0 <= getattr(run, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected a finite number, at least 0")
+    if not 0 <= run.caption_drop <= 1:
+        raise InputError(f"--caption-drop {run.caption_drop}: expected a probability from 0 to 1")
+    if run.shard_size is not None and run.shard_size < 1:
+        raise InputError(f"--shard-size {run.shard_size}: expected at least 1")
+    if run.keep_every is not None and run.keep_every < 1:
+        raise InputError(f"--keep-every {run.keep_every}: expected at least 1")
+    if run.resume not in ("auto", "no", "last-good") and not run.resume.isdecimal():
+        raise InputError(f"--resume {run.resume}: expected auto, no, last-good or the step of a checkpoint")
+    for name in ("param_dtype", "reduce_dtype"):
+        if getattr(run, name) == "float16":
+            raise InputError(
+                f"--{name.replace('_', '-')} float16: float16 gradients underflow without loss scaling, which is not offered: "
+                "use bfloat16 or float32"
+            )
+
+
+def features(run: Any, world: World, features: data.FeatureSet, cfg: ModelConfig) -> None:
+    """InputError for features that were made for another model."""
+    if not batches.steps_per_epoch(len(features), run.batch, run.last):
+        what = "is empty" if not len(features) else f"has {len(features)} items, fewer than --batch {run.batch}"
+        raise InputError(f"{run.features} {what}: nothing to train on; pretokenize more, or use --last partial")
+    if features.largest_id >= cfg.vocab:
+        raise InputError(
+            f"{run.features} holds id {features.largest_id}, {run.model} has ids 0 to {cfg.vocab - 1}: "
+            "these features were made for another model; run experiments.pretokenize with this one"
+        )
+    if (run.model / "tokenizer.json").exists():
+        own = prompt.load_tokenizer(run.model).fingerprint
+        if own != features.origin.tokenizer:
+            raise InputError(
+                f"{run.features} was made with tokenizer {features.origin.tokenizer[:12]}, {run.model} has {own[:12]}: "
+                "run experiments.pretokenize with this model"
+            )
+    else:
+        world.say(
+            f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
+        )
+    longest = max(features.lengths())
+    if longest > cfg.max_positions:
+        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")

@@ -1,0 +1,149 @@
+"""How a run goes on after it was ended: from which checkpoint, and whether as the same run."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.distributed import World
+from experiments.run_folder import CHECKPOINTS, METRICS
+from lumina_fn import data, files, manifest, saved_state
+from lumina_fn.config import ModelConfig
+from lumina_fn.errors import InputError
+from lumina_fn.saved_state import Saving
+from lumina_fn.sharding import Mesh
+from lumina_fn.train import TrainState
+
+# Flags that decide what is computed, whatever computes it: strategy, remat and the like may change from one part of a run to the next.
+MATHEMATICS = (
+    "batch", "lr", "warmup", "schedule", "weight_decay", "clip", "z_weight", "caption_drop", "seed", "last", "dtype",
+    "param_dtype", "reduce_dtype",
+)  # fmt: skip
+FIRST = 3  # steps after which a run saves once, so that a disk that fails is found before hours are lost
+
+
+class Checkpoints:
+    """Those of a run, written one at a time while it goes on."""
+
+    def __init__(
+        self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, barrier: Callable[[], None],
+        about: Mapping[str, Any], totals: Mapping[str, float],
+    ):  # fmt: skip
+        self.folder, self.every = folder, settings.save_every
+        self.keep, self.keep_every = settings.keep, settings.keep_every
+        self.steps, self.mesh, self.barrier, self.about, self.totals = steps, mesh, barrier, about, totals
+        self._saving: Saving | None = None
+        self._last = steps.start
+
+    def save_if_due(self, step: int, state: TrainState) -> None:
+        """Raises InputError, as `save` and `wait` do, where this checkpoint or the one before it could not be written."""
+        if self._saving is not None and self._saving.failed():
+            self.wait()
+        if self.every and (step % self.every == 0 or step in (self.steps.start + FIRST, self.steps.stop)):
+            self.save(step, state)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Once more, whatever `every` says, unless this step was saved."""
+        self.wait()
+        if step == self._last or not self.every:
+            return
+        meta = {**self.about, "totals": dict(self.totals), "data": {"steps": step}}
+        self._saving = saved_state.save(
+            self.folder, step, state, meta, self.mesh, barrier=self.barrier, keep=self.keep, keep_every=self.keep_every
+        )
+        self._last = step
+
+    def wait(self) -> None:
+        """Until what is being written is."""
+        if self._saving is not None:
+            self._saving.wait()
+            self._saving = None
+
+
+def starting_step(checkpoints: Path, resume: str) -> int:
+    """The step whose checkpoint a run goes on from, 0 where there is none. What a killed run left half-written is removed."""
+    manifest.tidy(checkpoints)
+    saved = manifest.steps(checkpoints)
+    if resume == "no" or (not saved and resume in ("auto", "last-good")):
+        return 0
+    if resume == "auto":
+        return saved[-1]
+    if resume == "last-good":
+        good = manifest.newest_good(checkpoints)
+        if good is None:
+            raise InputError(
+                f"{checkpoints} holds no good checkpoint: give another --out, or --overwrite to start afresh"
+            )
+        return good
+    if int(resume) not in saved:
+        raise InputError(
+            f"--resume {resume}: there are checkpoints of the steps {', '.join(map(str, saved)) or '(none)'}"
+        )
+    return int(resume)
+
+
+def identity(
+    settings: Any, cfg: ModelConfig, compute: torch.dtype, param_dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> dict[str, Any]:
+    """What must stay the same for a run to be the same run, as JSON gives it back."""
+    chosen = {name: getattr(settings, name) for name in MATHEMATICS}
+    chosen |= {"dtype": str(compute), "param_dtype": str(param_dtype), "reduce_dtype": str(reduce_dtype)}
+    if settings.schedule == "cosine":
+        chosen["steps"] = settings.steps  # where the rate ends at 0
+    features = hashlib.sha256((settings.features / data.INDEX).read_bytes()).hexdigest()
+    about = {
+        "settings": chosen,
+        "model": asdict(cfg),
+        "features": features,
+        "code": _revision(),
+        "torch": torch.__version__,
+    }
+    return json.loads(json.dumps(about))
+
+
+def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: Path) -> None:
+    """InputError that names what differs between a checkpoint's identity and a run's."""
+    try:
+        then = {name: dict(meta[name]) for name in ("settings", "model")} | {"features": meta["features"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out} holds checkpoints that are not finetune's: give another --out") from error
+    wrong = [
+        f"--{name.replace('_', '-')} was {then['settings'].get(name)}, is {now['settings'].get(name)}"
+        for name in sorted(then["settings"].keys() | now["settings"].keys())
+        if then["settings"].get(name) != now["settings"].get(name)
+    ]
+    names = sorted(then["model"].keys() | now["model"].keys())
+    wrong += [f"the model's {name} differs" for name in names if then["model"].get(name) != now["model"].get(name)]
+    if then["features"] != now["features"]:
+        wrong.append(f"{features} is not the feature set that it began with")
+    if wrong:
+        raise InputError(f"{out} holds another run: {'; '.join(wrong)}; give the old ones, or another --out")
+
+
+def cut_back(out: Path, step: int, world: World) -> None:
+    """Take what a run said and saved after a step out of its way: metrics are cut, checkpoints set aside."""
+    for path in manifest.set_aside(out / CHECKPOINTS, step):
+        world.say(f"note: a later checkpoint is set aside as {path}; remove it when it is not needed")
+    path = out / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    files.write_atomic(path, "".join(kept))
+
+
+def _revision() -> str | None:
+    """The commit of the code that runs, where it lies in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return None

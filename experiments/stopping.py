@@ -1,0 +1,87 @@
+"""A run that is asked to stop ends after a step, with its state saved: every rank after the same one."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from experiments.ending import Ending
+
+ASKED = (signal.SIGTERM, signal.SIGINT)
+POLL = 0.5  # seconds between looks at whether another rank was asked
+
+
+class Stop:
+    """Whether the run was asked to stop, and after which step it does.
+
+    Ranks are not in step with each other, and one that waits in a collective for another needs it to go on: once asked, each says
+    which step it is in, and the last of those is the last for all.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+        self.number: int | None = None  # of the signal
+        self._rank, self._size, self._store = rank, size, store
+        self._begun, self._last = 0, 0
+        self._lock, self._agreed = threading.Lock(), threading.Event()
+
+    def before(self, step: int) -> bool:
+        """Whether this step is not to be taken any more; called before each."""
+        with self._lock:
+            if self.number is None:
+                self._begun = step
+                return False
+        self._agreed.wait()
+        return step > self._last
+
+    def ask(self, number: int) -> None:
+        """Called for the first signal, on whatever rank it arrives. Does not wait."""
+        if self._store is not None:
+            self._store.set("stop", str(number))
+            return
+        self.number, self._last = number, self._begun
+        self._agreed.set()
+
+    def listen(self, over: threading.Event) -> None:
+        """Take part in the agreement of all ranks once one of them is asked, until the event comes."""
+        with suppress(RuntimeError):  # the store went with the launcher, which its watch tells
+            while not self._store.check(["stop"]):
+                if over.wait(POLL):
+                    return
+            with self._lock:
+                self.number = int(self._store.get("stop"))
+            self._store.set(f"in step {self._rank}", str(self._begun))
+            self._last = max(int(self._store.get(f"in step {rank}")) for rank in range(self._size))
+            self._agreed.set()
+
+
+@contextmanager
+def alone() -> Iterator[Stop]:
+    """In a process on its own: the first SIGTERM or SIGINT asks, the second one ends it at once."""
+    stop = Stop()
+
+    def asked(number: int, _) -> None:
+        signal.signal(number, before[number])
+        stop.ask(number)
+
+    before = {number: signal.signal(number, asked) for number in ASKED}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def together(rank: int, size: int, store: dist.Store, ending: Ending) -> Iterator[Stop]:
+    """On one of many ranks, whose signals its `Ending` sees."""
+    stop, over = Stop(rank, size, store.clone()), threading.Event()
+    listener = threading.Thread(target=stop.listen, args=(over,), daemon=True)
+    listener.start()
+    ending.graceful = stop.ask
+    try:
+        yield stop
+    finally:
+        ending.graceful = None
+        over.set()

@@ -1,0 +1,194 @@
+"""A folder of checkpoints: which there are, whether each is what was written, and how one appears and goes.
+
+checkpoints/STEP/              appears by one rename, after everything in it is on the disk
+    MANIFEST.json              what the state is; hashes of the indices, and of itself
+    shard_00000.json           an index: size and SHA-256 of every file under shard_00000
+    shard_00000/...            what Orbax wrote for one rank
+checkpoints/.STEP.tmp          is being written, or was when its writer was killed
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lumina_fn import files
+from lumina_fn.errors import InputError, printable
+
+FORMAT = "lumina_fn/checkpoint/1"
+MANIFEST = "MANIFEST.json"
+LARGEST = 64 << 20  # bytes of a manifest or an index
+_TMP, _OLD = ".tmp", ".old"
+
+
+class Damaged(InputError):
+    """A checkpoint is not what was written."""
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that were saved whole, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder / f".{step}{_TMP}"
+
+
+def shard(rank: int) -> str:
+    return f"shard_{rank:05d}"
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed runs left. Nobody may be writing there."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(".") and path.suffix in (_TMP, _OLD):
+                shutil.rmtree(path)
+
+
+def seal_shard(folder: Path, rank: int) -> None:
+    """Force a rank's files onto the disk, and write their index beside them."""
+    files.sync(folder / shard(rank))
+    index = {name: list(_hashed(folder / shard(rank) / name)) for name in _listed(folder / shard(rank))}
+    files.write_atomic(folder / f"{shard(rank)}.json", _text(index))
+
+
+def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
+    """Give the unfinished checkpoint, whose shards are sealed, its manifest and its name; one of that name is replaced."""
+    tmp, final = unfinished(folder, step), folder / str(step)
+    indices = {path.name: list(_hashed(path)) for path in sorted(tmp.glob("shard_*.json"))}
+    content = {"format": FORMAT, "step": step, **content, "indices": indices}
+    digest = hashlib.sha256(_text(content)).hexdigest()
+    files.write_atomic(tmp / MANIFEST, _text({"sha256": digest, "content": content}))
+    if final.exists():
+        _remove(final)
+    tmp.rename(final)
+    files.sync_one(folder)
+
+
+def prune(folder: Path, keep: int | None, every: int | None) -> None:
+    """Remove all but the last `keep` checkpoints (None: all stay) and those of each multiple of `every` steps."""
+    for step in [] if keep is None else steps(folder)[:-keep]:
+        if every is None or step % every:
+            _remove(folder / str(step))
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename the checkpoints after a step, from which a run goes another way, so that they are listed no more."""
+    aside = []
+    if not folder.is_dir():
+        return aside
+    for step in [step for step in steps(folder) if step > after]:
+        names = (folder / f"{step}.aside{n or ''}" for n in count())
+        aside.append((folder / str(step)).rename(next(name for name in names if not name.exists())))
+    files.sync_one(folder)
+    return aside
+
+
+def read(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its state. InputError where there is none or a newer format; Damaged where it is not as written."""
+    if not (folder / str(step)).is_dir():
+        there = ", ".join(map(str, steps(folder))) or "none"
+        raise InputError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
+    path = folder / str(step) / MANIFEST
+    whole = _read_json(path)
+    content = whole.get("content")
+    if not isinstance(content, dict) or whole.get("sha256") != hashlib.sha256(_text(content)).hexdigest():
+        raise Damaged(f"{path} is damaged: its checksum differs")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}: use a newer version")
+    if content["step"] != step:
+        raise Damaged(f"{path} is damaged: it belongs to step {content['step']}")
+    return content
+
+
+def check_shard(folder: Path, step: int, name: str, content: dict[str, Any]) -> None:
+    """Damaged, which names the file, unless all of a shard's files are there and as they were written."""
+    root, index = folder / str(step), f"{name}.json"
+    _check_file(root / index, content["indices"].get(index))
+    listed = _read_json(root / index)
+    if extra := sorted(set(_listed(root / name)) - listed.keys()):
+        raise Damaged(f"{root / name / extra[0]} was not written with this checkpoint")
+    for file, known in listed.items():
+        _check_file(root / name / file, known)
+
+
+def check(folder: Path, step: int) -> dict[str, Any]:
+    """`read`, after all files of the checkpoint were checked."""
+    content = read(folder, step)
+    for index in content["indices"]:
+        check_shard(folder, step, index.removesuffix(".json"), content)
+    return content
+
+
+def verify(folder: str | Path) -> dict[int, str | None]:
+    """By step, what is wrong with a checkpoint: None where it is as it was written. Every file is read."""
+    found: dict[int, str | None] = {}
+    for step in steps(Path(folder)):
+        try:
+            check(Path(folder), step)
+            found[step] = None
+        except InputError as error:
+            found[step] = str(error)
+    return found
+
+
+def newest_good(folder: Path) -> int | None:
+    """The last step whose checkpoint is as it was written."""
+    for step in reversed(steps(folder)):
+        with suppress(InputError):
+            check(folder, step)
+            return step
+    return None
+
+
+def _check_file(path: Path, known: list | None) -> None:
+    if not path.is_file():
+        raise Damaged(f"{path} is missing")
+    if known is None or path.stat().st_size != known[0]:
+        raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes, not {known[0] if known else 'a place'}")
+    if list(_hashed(path)) != known:
+        raise Damaged(f"{path} is damaged: its checksum differs")
+
+
+def _hashed(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST:
+            raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes")
+        data = path.read_bytes()
+        value = json.loads(data)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {printable(error)}") from error
+    if not isinstance(value, dict) or _text(value) != data:  # a changed blank, say
+        raise Damaged(f"{path} is damaged: it is not what was written")
+    return value
+
+
+def _text(value: dict) -> bytes:
+    """JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def _remove(folder: Path) -> None:
+    """In one step for all who list checkpoints."""
+    old = folder.with_name(f".{folder.name}{_OLD}")
+    folder.rename(old)
+    shutil.rmtree(old)

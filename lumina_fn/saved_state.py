@@ -1,0 +1,280 @@
+"""A training state on the disk: written by Orbax while training goes on, read back onto any number of ranks.
+
+Every rank that holds a part of a copy writes it as a checkpoint of its own, without jax.distributed; `manifest` joins them. A unit
+is stored as arrays that lie end to end in its flat vector, so that any other cut of it can be read from them, a unit at a time.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from lumina_fn import files, manifest, model, names, sharding
+from lumina_fn.config import LUMINA_7B
+from lumina_fn.errors import InputError, printable
+from lumina_fn.manifest import Damaged
+from lumina_fn.sharding import Mesh, Sharded
+from lumina_fn.tensor_files import Later
+from lumina_fn.train import TrainState
+
+Shapes = dict[str, tuple[int, ...]]  # by tree path
+TREES = ("params", "mu", "nu")
+SCALARS = ("step", "skipped", "streak")
+PATIENCE = 7 * 24 * 3600  # seconds that a save may take: a slow disk is no error
+ROOM = 64 << 20  # bytes that must be free beside what is written, for what a file system keeps of its own
+
+
+class Saving:
+    """A checkpoint that is being written."""
+
+    def __init__(self, thread: Thread, errors: list[Exception]):
+        self._thread, self._errors = thread, errors
+
+    def failed(self) -> bool:
+        return bool(self._errors)
+
+    def wait(self) -> None:
+        """Until it has its name on every rank. Raises InputError where it could not be written."""
+        while self._thread.is_alive() and not self._errors:  # a rank that failed does not wait for the others
+            self._thread.join(0.05)
+        if self._errors:
+            raise self._errors[0]
+
+
+def save(
+    folder: str | Path, step: int, state: TrainState, meta: dict[str, Any], mesh: Mesh | None = None, *,
+    barrier: Callable[[], None] = lambda: None, keep: int | None = None, keep_every: int | None = None,
+) -> Saving:  # fmt: skip
+    """Write a checkpoint of a state while training goes on: returns once the state is copied, and may be written over.
+
+    Every rank of a mesh calls this with its part; `barrier`, called from a thread of its own, waits for all of them. One
+    checkpoint at a time. `meta` is anything that JSON holds. Afterwards all but the last `keep` (None: all) and the multiples
+    of keep_every are removed. InputError where there is no room; nothing that was saved before is touched then.
+    """
+    ocp, folder = _orbax(), Path(folder).absolute()
+    rank, parts = (0, 1) if mesh is None else (mesh.rank, mesh.shards[1])
+    tmp, tree = manifest.unfinished(folder, step), _tree(state)
+    _check_room(folder, parts * sum(array.nbytes for array in pytree.tree_leaves(tree)))
+    with files.writable(folder):
+        tmp.mkdir(parents=True, exist_ok=True)
+    content = {
+        "parts": parts, "flat": mesh is not None, "dtype": str(pytree.tree_leaves(state.params)[0].dtype).removeprefix("torch."),
+        "shapes": {path: list(shape) for path, shape in shapes(state.params).items()},
+        "scalars": {name: int(getattr(state, name)) for name in SCALARS}, "meta": meta,
+    }  # fmt: skip
+    errors: list[Exception] = []
+    writer = None
+    if rank < parts:  # others hold copies of the same
+        writer = ocp.AsyncCheckpointer(_handler(ocp), timeout_secs=PATIENCE)
+        with _said(folder, step, errors):
+            writer.save(tmp / manifest.shard(rank), args=ocp.args.PyTreeSave(tree), force=True)
+    del tree
+
+    def finish() -> None:
+        with _said(folder, step, errors):
+            if writer is not None:
+                writer.wait_until_finished()
+                writer.close()
+                manifest.seal_shard(tmp, rank)
+            barrier()
+            if rank == 0:
+                manifest.commit(folder, step, content)
+                manifest.prune(folder, keep, keep_every)
+            barrier()
+
+    thread = Thread(target=finish, name=f"checkpoint {step}", daemon=True)
+    if not errors:
+        thread.start()
+    return Saving(thread, errors)
+
+
+def restore(
+    folder: str | Path, step: int | None = None, mesh: Mesh | None = None, *, device: torch.device | str = "cpu",
+    like: model.Params | None = None,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """The state of a step (None: the last) and its meta, cut for this mesh, whatever mesh it was saved from.
+
+    Only the files that this rank needs are read, after their checksums: Damaged, which names the file and the last checkpoint
+    that is good. InputError for no checkpoint, a newer format's, and one of other shapes than `like`.
+    """
+    folder = Path(folder).absolute()
+    saved = manifest.steps(folder)
+    if step is None and not saved:
+        raise InputError(f"{folder} holds no checkpoint")
+    step = saved[-1] if step is None else step
+    try:
+        return _restore(folder, step, mesh, device, like)
+    except Damaged as error:
+        good = manifest.newest_good(folder)
+        advice = "no checkpoint there is good" if good is None else f"the last good one is {good}: --resume last-good"
+        raise Damaged(f"{error}; {advice}") from error
+
+
+def _restore(
+    folder: Path, step: int, mesh: Mesh | None, device: torch.device | str, like: model.Params | None
+) -> tuple[TrainState, dict[str, Any]]:
+    stored = Stored(folder, step)
+    if like is not None and stored.shapes != shapes(like):
+        raise InputError(f"{folder / str(step)} is a checkpoint of another model: its parameters have other shapes")
+    device, part, parts = (device, 0, 1) if mesh is None else (mesh.device, mesh.part, mesh.shards[1])
+
+    def cut(tree: str, number: int, unit: Any) -> Any:
+        size = sum(leaf.numel() for leaf in pytree.tree_leaves(unit))
+        _, layout = sharding.flatten(unit, parts)
+        out = torch.zeros(-(-size // parts), dtype=stored.dtype)
+        stored.fill(out, tree, number, part * len(out))
+        if mesh is not None:
+            return Sharded(out.to(device), layout)
+        # Memory of its own for each leaf, as when the run began: how a product is summed may depend on where a matrix lies.
+        return pytree.tree_map(lambda leaf: leaf.to(device, copy=True), sharding.unflatten(out, layout))
+
+    whole = stored.whole
+    numbers = model.Params(0, tuple(range(1, 1 + len(whole.blocks))), 1 + len(whole.blocks))
+    trees = (model.over_units(lambda n, unit, tree=tree: cut(tree, n, unit), numbers, whole) for tree in TREES)
+    step_, skipped, streak = (torch.tensor(stored.content["scalars"][name], device=device) for name in SCALARS)
+    return TrainState(step_, *trees, skipped, streak), stored.content["meta"]
+
+
+class Stored:
+    """A checkpoint to read from. Its files are checked when they are first needed."""
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step, self.content = folder, step, manifest.read(folder, step)
+        self.dtype = getattr(torch, self.content["dtype"])
+        self.shapes: Shapes = {path: tuple(shape) for path, shape in self.content["shapes"].items()}
+        layers = len({path.split(".")[1] for path in self.shapes if path.startswith("blocks.")})
+        like = model.init(replace(LUMINA_7B, layers=layers), device="meta")
+        shaped = {path: torch.empty(shape, dtype=self.dtype, device="meta") for path, shape in self.shapes.items()}
+        self.whole: model.Params = names.unflatten(like, shaped)
+        self.units = (self.whole.embed, *self.whole.blocks, self.whole.head)
+        self._ocp = _orbax()
+        self._reader = self._ocp.Checkpointer(_handler(self._ocp))
+        self._checked: set[int] = set()
+        self._last: tuple[tuple[int, str, int], list[Tensor]] = ((-1, "", -1), [])  # leaves of a unit are read in order
+
+    def fill(self, out: Tensor, tree: str, number: int, first: int) -> None:
+        """The elements from `first` on of a unit's flat vector; what lies beyond its end stays as it is."""
+        sizes = [leaf.numel() for leaf in pytree.tree_leaves(self.units[number])]
+        parts = self.content["parts"]
+        n, last = -(-sum(sizes) // parts), min(first + len(out), sum(sizes))
+        for part in range(parts):
+            begin = part * n
+            if begin >= last or begin + n <= first:
+                continue
+            for piece in self._read(part, tree, number, len(sizes)):
+                a, b = max(first, begin), min(last, begin + len(piece))
+                if a < b:
+                    out[a - first : b - first] = piece[a - begin : b - begin]
+                begin += len(piece)
+
+    def parameters(self, dtype: torch.dtype) -> dict[str, Later]:
+        """Every parameter by tree path, read when it is asked for."""
+        found, paths = {}, iter(self.shapes.items())
+        for number, unit in enumerate(self.units):
+            first = 0
+            for leaf in pytree.tree_leaves(unit):
+                path, shape = next(paths)
+                found[path] = Later(shape, dtype, lambda at=(number, first), like=leaf: self._leaf(like, *at).to(dtype))
+                first += leaf.numel()
+        return found
+
+    def _leaf(self, like: Tensor, number: int, first: int) -> Tensor:
+        out = torch.empty(like.numel(), dtype=self.dtype)
+        self.fill(out, "params", number, first)
+        return out.view(like.shape)
+
+    def _read(self, part: int, tree: str, number: int, leaves: int) -> list[Tensor]:
+        if self._last[0] != (part, tree, number):
+            if part not in self._checked:
+                manifest.check_shard(self.folder, self.step, manifest.shard(part), self.content)
+                self._checked.add(part)
+            self._last = ((-1, "", -1), [])  # given up before the next one is there
+            pieces = [_piece(i) for i in range(1 if self.content["flat"] else leaves)]
+            under = lambda value: {tree: {_unit(number): dict.fromkeys(pieces, value)}}
+            arguments = self._ocp.args.PyTreeRestore(
+                item=under(0), restore_args=under(self._ocp.RestoreArgs(restore_type=np.ndarray)), partial_restore=True
+            )
+            read = self._reader.restore(self.folder / str(self.step) / manifest.shard(part), args=arguments)[tree][
+                _unit(number)
+            ]
+            self._last = ((part, tree, number), [torch.from_numpy(read[name]).view(self.dtype) for name in pieces])
+        return self._last[1]
+
+
+def shapes(params: model.Params) -> Shapes:
+    """Those of a tree, or of the tree that these are parts of, by path."""
+    if not isinstance(params.head, Sharded):
+        return {path: tuple(leaf.shape) for path, leaf in names.flatten(params).items()}
+    like = names.flatten(model.init(replace(LUMINA_7B, layers=len(params.blocks)), device="meta"))
+    of_units = (shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes)
+    return dict(zip(like, of_units, strict=True))
+
+
+def _tree(state: TrainState) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """What Orbax is given: a view of every array that is on the CPU, by tree, unit and piece."""
+    tree = {}
+    for name in TREES:
+        params = getattr(state, name)
+        units = (params.embed, *params.blocks, params.head)
+        tree[name] = {
+            _unit(i): {_piece(j): _array(leaf) for j, leaf in enumerate(pytree.tree_leaves(unit))}
+            for i, unit in enumerate(units)
+        }
+    return tree
+
+
+def _array(x: Tensor) -> np.ndarray:
+    flat = x.detach().to("cpu").contiguous().reshape(-1)
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()  # numpy has no bfloat16
+
+
+def _unit(i: int) -> str:
+    return f"{i:04d}"
+
+
+def _piece(i: int) -> str:
+    return f"{i:02d}"
+
+
+def _orbax() -> ModuleType:
+    """Imported late: with jax it takes seconds and 150 MB, which only those who save or restore pay."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # it would look for accelerators, and take them
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def _handler(ocp: ModuleType) -> Any:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < size + ROOM:
+        raise InputError(
+            f"{folder}: a checkpoint takes {(size + ROOM) / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: make room, or --keep fewer"
+        )
+
+
+@contextmanager
+def _said(folder: Path, step: int, errors: list[Exception]) -> Iterator[None]:
+    """What goes wrong while a checkpoint is written is the disk's or its owner's, and told to who waits for it."""
+    try:
+        yield
+    except Exception as error:
+        full = "No space left on device" in str(error)
+        reason = "no space left" if full else getattr(error, "strerror", None) or printable(str(error).splitlines()[0])
+        saved = manifest.steps(folder)
+        still = f"the last one there is {saved[-1]}" if saved else "there is none yet"
+        errors.append(InputError(f"cannot write checkpoint {step} in {folder}: {reason}; {still}"))
