@@ -28,6 +28,7 @@ from experiments.resuming import Checkpoints
 from lumina_fn import batches, checkpoint, data, errors, files, model, optim, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.sharding import Mesh
 from lumina_fn.train import TrainState
 
@@ -138,11 +139,12 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
     checks.features(run, world, features, cfg)
-    about = resuming.identity(run, cfg, compute, *_exchanged(run, compute))
+    stored = checkpoint.stored_dtype(run.model)
+    about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
     with run_folder.held(out, afresh) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             world.remember(f"made {out}")
-        start = world.total(resuming.starting_step(out / run_folder.CHECKPOINTS, resume) if world.rank == 0 else 0)
+        start = world.total(resuming.starting_step(out / CHECKPOINTS, resume) if world.rank == 0 else 0)
         if start >= run.steps and (out / run_folder.MODEL).exists():
             print(
                 f"all {run.steps} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on"
@@ -150,14 +152,13 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
             return 0
         state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
         kept = Checkpoints(
-            out / run_folder.CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
+            out / CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
         )
         state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
         if stopped is not None:
             return _say_stopped(world, argv, stopped, int(state.step), kept)
         broken = int(state.streak) >= STREAK
         folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
-        stored = checkpoint.stored_dtype(run.model)
         checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
     if broken:
         world.say(
@@ -176,7 +177,7 @@ def _state(
     """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
     if start:
         like = model.init(cfg, device="meta")
-        state, meta = checkpoint.restore(out / run_folder.CHECKPOINTS, start, mesh, device=device, like=like)
+        state, meta = checkpoint.restore(out / CHECKPOINTS, start, mesh, device=device, like=like)
         resuming.check(meta, about, out, run.features)
         world.say(f"going on after step {start}")
     else:
@@ -190,7 +191,7 @@ def _state(
     if world.rank == 0:
         resuming.cut_back(out, start, world)
         if not start:
-            checkpoint.save_heritage(out / run_folder.ORIGIN, run.model)
+            checkpoint.save_heritage(out / ORIGIN, run.model)
     world.barrier()
     return state, meta["totals"]
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from experiments.distributed import World
-from experiments.run_folder import CHECKPOINTS, METRICS
+from experiments.run_folder import METRICS
 from lumina_fn import data, files, manifest, saved_state
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.manifest import CHECKPOINTS
 from lumina_fn.saved_state import Saving
 from lumina_fn.sharding import Mesh
 from lumina_fn.train import TrainState
@@ -89,7 +90,12 @@ def starting_step(checkpoints: Path, resume: str) -> int:
 
 
 def identity(
-    settings: Any, cfg: ModelConfig, compute: torch.dtype, param_dtype: torch.dtype, reduce_dtype: torch.dtype
+    settings: Any,
+    cfg: ModelConfig,
+    stored: torch.dtype,
+    compute: torch.dtype,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What must stay the same for a run to be the same run, as JSON gives it back."""
     chosen = {name: getattr(settings, name) for name in MATHEMATICS}
@@ -103,6 +109,7 @@ def identity(
         "features": features,
         "code": _revision(),
         "torch": torch.__version__,
+        "stored_dtype": str(stored).removeprefix("torch."),
     }
     return json.loads(json.dumps(about))
 

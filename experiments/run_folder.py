@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lumina_fn import files, manifest
 from lumina_fn.errors import InputError
+from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 
-METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD = "metrics.jsonl", "checkpoints", "origin", "model", "last_good"
+METRICS, MODEL, LAST_GOOD = "metrics.jsonl", "model", "last_good"
 CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD}
 
 

@@ -127,8 +127,7 @@ def save_model(
             pass
         return
     config, companions = (None, {}) if source is None else sources.heritage(source)
-    if config is not None and not cfg.masked_ids and config.get("mask_image_logits", True):
-        config = {**config, "mask_image_logits": False}  # absent would mean True
+    config = sources.unmasked(config, cfg)
     tensors = {path: Later(tuple(t.shape), dtype, lambda: next(whole).to(dtype)) for path, t in like.items()}
     with files.new_folder(path, overwrite) as folder:
         write_native(folder, cfg, tensors, config, companions)

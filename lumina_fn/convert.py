@@ -90,7 +90,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None) -> int:
     parser = _Parser(prog="python -m lumina_fn.convert", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "src", metavar="SRC", help="a native, Hugging Face or MindSpeed release folder, or a MoVQGAN .ckpt"
+        "src",
+        metavar="SRC",
+        help="a native, Hugging Face or MindSpeed release folder, a run's folder (its newest checkpoint), or a MoVQGAN .ckpt",
     )
     parser.add_argument("dst", metavar="DST", help="the new folder")
     parser.add_argument("--to", required=True, choices=WRITERS, help="what DST becomes")

@@ -20,6 +20,10 @@ from lumina_fn import files
 from lumina_fn.errors import InputError, printable
 
 FORMAT = "lumina_fn/checkpoint/1"
+CHECKPOINTS, ORIGIN = (
+    "checkpoints",
+    "origin",
+)  # in a run's folder; the latter holds what a model takes over beside weights
 MANIFEST = "MANIFEST.json"
 LARGEST = 64 << 20  # bytes of a manifest or an index
 _TMP, _OLD = ".tmp", ".old"

@@ -150,9 +150,10 @@ class Stored:
     def __init__(self, folder: Path, step: int):
         self.folder, self.step, self.content = folder, step, manifest.read(folder, step)
         self.dtype = getattr(torch, self.content["dtype"])
-        self.shapes: Shapes = {path: tuple(shape) for path, shape in self.content["shapes"].items()}
-        layers = len({path.split(".")[1] for path in self.shapes if path.startswith("blocks.")})
+        found = self.content["shapes"]
+        layers = len({path.split(".")[1] for path in found if path.startswith("blocks.")})
         like = model.init(replace(LUMINA_7B, layers=layers), device="meta")
+        self.shapes: Shapes = {path: tuple(found[path]) for path in names.flatten(like)}
         shaped = {path: torch.empty(shape, dtype=self.dtype, device="meta") for path, shape in self.shapes.items()}
         self.whole: model.Params = names.unflatten(like, shaped)
         self.units = (self.whole.embed, *self.whole.blocks, self.whole.head)

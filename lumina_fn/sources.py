@@ -1,15 +1,17 @@
-"""Find out what lies in a folder (native, Hugging Face, MindSpeed release, MoVQGAN .ckpt) and check it, tensors unread."""
+"""Find out what lies in a folder (native, Hugging Face, MindSpeed release, a run's, MoVQGAN .ckpt) and check it, tensors unread."""
 
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lumina_fn import hf_config, model, names, prompt, torch_zip, vq, vq_config
+import torch
+
+from lumina_fn import hf_config, manifest, model, names, prompt, saved_state, torch_zip, vq, vq_config
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.errors import InputError, printable
-from lumina_fn.tensor_files import INDEX, Stored, safetensors_header
-from lumina_fn.vocab import LUMINA_VOCAB
+from lumina_fn.tensor_files import INDEX, Later, Stored, safetensors_header
+from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
 FORMAT = "lumina_fn/1"
 ITERATION = "latest_checkpointed_iteration.txt"
@@ -25,7 +27,7 @@ COMPANIONS = (  # what travels with a model's weights, by name; nothing else is 
 class Source(NamedTuple):
     what: str
     cfg: ModelConfig | VQConfig
-    tensors: dict[str, Stored]  # by tree path: exactly those of the tree, in its order
+    tensors: dict[str, Stored | Later]  # by tree path: exactly those of the tree, in its order
     config: dict | None  # Hugging Face's, verbatim
     companions: dict[str, Path]
     remarks: list[str]  # for the user: what was ignored
@@ -47,6 +49,13 @@ def heritage(path: str | Path) -> tuple[dict | None, dict[str, Path]]:
     if config is not None and "format" in config:
         config = config.get("source_config")
     return config, companions(path)
+
+
+def unmasked(config: dict | None, cfg: ModelConfig) -> dict | None:
+    """The Hugging Face config of a model that masks no ids, whatever the one that it was made from says."""
+    if config is not None and not cfg.masked_ids and config.get("mask_image_logits", True):
+        return {**config, "mask_image_logits": False}  # absent would mean True
+    return config
 
 
 def companions(folder: Path) -> dict[str, Path]:
@@ -80,6 +89,8 @@ def _open(path: Path) -> Source:
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is not None and "format" in config:
         return _open_native(path, config)
+    if (path / manifest.CHECKPOINTS).is_dir():
+        return _open_run(path)
     weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
         return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
@@ -99,6 +110,23 @@ def _open(path: Path) -> Source:
         f"{path} is no model folder: expected config.json with safetensors (native, Hugging Face), {ITERATION} "
         f"(MindSpeed release) or one MoVQGAN .ckpt, found {found}"
     )
+
+
+def _open_run(path: Path) -> Source:
+    """The newest checkpoint's parameters, stored as the model that the run began with."""
+    folder = path / manifest.CHECKPOINTS
+    if not (steps := manifest.steps(folder)):
+        raise InputError(f"{path} is a run's folder without a checkpoint: there is nothing to read yet")
+    stored = saved_state.Stored(folder, steps[-1])
+    meta = stored.content["meta"]
+    try:
+        sizes, dtype = {**meta["model"]}, getattr(torch, meta["stored_dtype"])
+        ids = sizes.pop("ids")
+        cfg = ModelConfig(**{**sizes, "masked_ids": tuple(sizes["masked_ids"])}, ids=ids and Ids(**ids))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} holds checkpoints that are not finetune's: {error!r}") from error
+    config, beside = heritage(path / manifest.ORIGIN) if (path / manifest.ORIGIN).is_dir() else (None, {})
+    return Source(f"step {steps[-1]} of a run", cfg, stored.parameters(dtype), unmasked(config, cfg), beside, [])
 
 
 def _open_native(path: Path, config: dict) -> Source:

@@ -76,16 +76,16 @@ def _raw(source: Stored) -> Iterator[bytes]:
         raise InputError(f"{source.file} is damaged (a checksum differs): get it again")
 
 
-def read(source: Stored, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+def read(source: Stored | Later, device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor in memory; beside it only one chunk is held."""
     out = torch.empty(math.prod(source.shape), device=device, dtype=dtype)
     _fill(out, source)
     return out.reshape(source.shape)
 
 
-def read_range(source: Stored, begin: int, end: int, out: Tensor) -> None:
+def read_range(source: Stored | Later, begin: int, end: int, out: Tensor) -> None:
     """Elements begin .. end of the tensor in row-major order into `out`; the rest stays unread."""
-    if source.stride is not None:  # rare: a .pt file may store a transposed tensor
+    if isinstance(source, Later) or source.stride is not None:  # rare: a .pt file may store a transposed tensor
         out.copy_(read(source, out.device, out.dtype).reshape(-1)[begin:end])
         return
     size = source.dtype.itemsize
@@ -95,7 +95,7 @@ def read_range(source: Stored, begin: int, end: int, out: Tensor) -> None:
     _fill(out, part)
 
 
-def _fill(out: Tensor, source: Stored) -> None:
+def _fill(out: Tensor, source: Source) -> None:
     begin = 0
     for data in chunks(source):
         part = torch.frombuffer(bytearray(data), dtype=source.dtype)

@@ -191,7 +191,9 @@ def test_an_existing_run_is_not_touched(call, tmp_path):
     assert "--overwrite" in line
     assert call(*settings)[0] == 0  # it is finished
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    assert "--overwrite" in call(*settings, "--resume", "no", model=tmp_path / "nowhere")[1][0]  # before a model is looked for
+    assert (
+        "--overwrite" in call(*settings, "--resume", "no", model=tmp_path / "nowhere")[1][0]
+    )  # before a model is looked for
     assert call(*settings, "--overwrite")[0] == 0
 
 

@@ -1,0 +1,295 @@
+"""A run that is ended and started again is the run that was not ended."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+
+from experiments import processes
+from lumina_fn import checkpoint, convert, manifest, model, sharding, train
+from lumina_fn.config import ModelConfig
+from lumina_fn.errors import InputError
+from tests import folders
+from tests.small_run import CODES, write_features, write_lm
+from tests.test_launch import launch, rows, torchrun, until  # noqa: F401
+
+TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
+OPT = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
+SLOW = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "tokenizer").mkdir()
+    ids = folders.write_tokenizer(folder / "tokenizer", CODES)
+    write_lm(folder / "lm", folder / "tokenizer", ids)
+    write_features(folder / "features", folder / "tokenizer", ids)
+    return ["--model", folder / "lm", "--features", folder / "features", "--device", "cpu"]
+
+
+# 7 items in steps of 3, 3 and 1.
+RUN = ["--log-every", 1, "--batch", 3, "--caption-drop", 0.5, "--lr", 1e-2, "--noise-scale-every", 2, "--keep", 3]
+
+
+def finetune(inputs, out: Path, *flags, code: int = 0) -> str:
+    """The command in a process of its own; what it says."""
+    command = [sys.executable, "-m", "experiments.finetune", *inputs, "--out", out, *RUN, *flags]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def numbers(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(out)]
+
+
+def assert_same_bits(a, b) -> None:
+    assert pytree.tree_structure(a) == pytree.tree_structure(b)
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        assert torch.equal(x, y)
+
+
+@SLOW
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+def test_seven_steps_and_thirteen_are_twenty(inputs, tmp_path, compile):
+    flags = ["--compile", compile, "--save-every", 7]
+    finetune(inputs, tmp_path / "straight", *flags, "--steps", 20)
+    finetune(inputs, tmp_path / "run", *flags, "--steps", 7)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    said = finetune(inputs, tmp_path / "run", *flags, "--steps", 20)
+    assert "going on after step 7" in said
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
+    states = [checkpoint.restore(tmp_path / name / "checkpoints", 20)[0] for name in ("run", "straight")]
+    assert_same_bits(*states)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run/model" / name).read_bytes() == (tmp_path / "straight/model" / name).read_bytes()
+
+
+def random_state(seed: int = 0) -> train.TrainState:
+    state = train.init_state(model.init(TINY, seed=seed), OPT)
+    generator = torch.Generator().manual_seed(seed)
+    noise = lambda tree: pytree.tree_map(lambda x: torch.randn(x.shape, generator=generator), tree)
+    return state._replace(step=torch.tensor(9), mu=noise(state.mu), nu=noise(state.nu), skipped=torch.tensor(2))
+
+
+def cut(state: train.TrainState, mesh) -> train.TrainState:
+    parts = lambda tree: model.over_units(lambda unit: sharding.shard(unit, mesh), tree)
+    return state._replace(params=parts(state.params), mu=parts(state.mu), nu=parts(state.nu))
+
+
+def moved(rank: int, size: int, folder: Path, strategy: str, shard_size: int | None, step: int) -> None:
+    """Restore the step before, compare, and save this one."""
+    mesh = sharding.Mesh(dist.group.WORLD, rank, size, "cpu", strategy, shard_size=shard_size)
+    want = cut(random_state(), mesh)
+    if manifest.steps(folder):
+        state, meta = checkpoint.restore(folder, mesh=mesh)
+        assert meta == {"step": step - 1}
+        assert_same_bits(state, want)
+    barrier = dist.new_group(backend="gloo")
+    checkpoint.save(folder, step, want, {"step": step}, mesh, barrier=lambda: dist.barrier(barrier)).wait()
+    dist.barrier()
+
+
+@SLOW
+def test_any_mesh_restores_what_any_other_saved(tmp_path):
+    meshes = [
+        (4, "fsdp", None),
+        (2, "hybrid", 1),
+        (3, "sdp", None),
+        (4, "hybrid_zero2", 2),
+        (1, "fsdp", None),
+        (2, "no", None),
+    ]
+    for step, (size, strategy, shard_size) in enumerate(meshes):
+        processes.run(size, moved, tmp_path, strategy, shard_size, step)
+    state, _ = checkpoint.restore(tmp_path)
+    assert_same_bits(state, random_state())
+    checkpoint.save(tmp_path, 99, state, {"step": 98}).wait()
+    processes.run(3, moved, tmp_path, "fsdp", None, 99)
+
+
+@SLOW
+def test_four_processes_then_two_then_three_then_one(inputs, tmp_path, launch):  # noqa: F811
+    """The loss curve is that of one process, whatever number goes on."""
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
+        flags = ["--compile", "off", "--dtype", dtype, "--save-every", 100]
+        finetune(inputs, tmp_path / f"straight {dtype}", *flags, "--steps", 12)
+        out = tmp_path / dtype
+        for ranks, steps in ((4, 3), (2, 6), (3, 9)):
+            run = launch(*torchrun(ranks=ranks), *inputs, "--out", out, *RUN, *flags, "--steps", steps)
+            assert run.wait(180) == 0, run.text()
+        finetune(inputs, out, *flags, "--steps", 12)
+        for row, expected in zip(rows(out), rows(tmp_path / f"straight {dtype}"), strict=True):
+            for name in ("loss", "ce", "z", "grad_norm"):
+                assert row[name] == pytest.approx(expected[name], abs=tolerance), (row["step"], name)
+
+
+def test_a_save_is_of_the_moment_it_began(tmp_path):
+    state = random_state()
+    want = pytree.tree_map(torch.clone, state)
+    saving = checkpoint.save(tmp_path, 9, state, {})
+    for leaf in pytree.tree_leaves(state):
+        leaf.zero_()  # as the next step does
+    saving.wait()
+    assert_same_bits(checkpoint.restore(tmp_path)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(tmp_path, dtype):
+    state = train.init_state(model.init(TINY, dtype=dtype), OPT)
+    checkpoint.save(tmp_path, 0, state, {}).wait()
+    assert_same_bits(checkpoint.restore(tmp_path, 0)[0], state)
+
+
+def test_what_is_kept(tmp_path):
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, step, random_state(), {}, keep=2, keep_every=3).wait()
+    assert checkpoint.steps(tmp_path) == [3, 6, 7]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "6", "7"]
+    assert checkpoint.verify(tmp_path) == dict.fromkeys([3, 6, 7])
+
+
+@SLOW
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_saved_and_goes_on(inputs, tmp_path, launch, number):  # noqa: F811
+    flags = [*inputs, "--out", tmp_path / "run", *RUN, "--compile", "off", "--save-every", 10_000, "--steps", 100_000]
+    run = launch(sys.executable, "-m", "experiments.finetune", *flags)
+    until(lambda: len(rows(tmp_path / "run")) >= 5 or run.process.poll() is not None, 60, run)
+    run.process.send_signal(number)
+    assert run.wait(30) == 128 + number
+    [line] = [line for line in run.text().splitlines() if "stopped by" in line]
+    assert "resume with: python -m experiments.finetune --model" in line
+    [*_, at] = manifest.steps(tmp_path / "run/checkpoints")
+    assert rows(tmp_path / "run")[-1]["step"] == at
+    assert not (tmp_path / "run/model").exists()
+
+
+@SLOW
+def test_all_ranks_stop_after_the_same_step(inputs, tmp_path, launch):  # noqa: F811
+    flags = [*inputs, "--out", tmp_path / "run", *RUN, "--compile", "off", "--save-every", 10_000]
+    run = launch(*torchrun(ranks=3), *flags, "--steps", 100_000)
+    until(lambda: len(rows(tmp_path / "run")) >= 5 or run.process.poll() is not None, 120, run)
+    run.process.terminate()
+    run.wait(40)
+    assert run.text().count("resume with: torchrun ... -m experiments.finetune") == 1, run.text()
+    [*_, at] = manifest.steps(tmp_path / "run/checkpoints")
+    again = launch(*torchrun(ranks=2), *flags, "--steps", at + 2)
+    assert again.wait(120) == 0, again.text()
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, at + 3))
+
+
+@SLOW
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(inputs, tmp_path, launch):  # noqa: F811
+    """torchrun --max-restarts: the parameters are those of an undisturbed run, to the bit."""
+    flags = [*inputs, *RUN, "--compile", "off", "--save-every", 5, "--steps", 300]
+    calm = launch(*torchrun(), *flags, "--out", tmp_path / "calm")
+    assert calm.wait(200) == 0, calm.text()
+    run = launch(*torchrun("--max-restarts", 1), *flags, "--out", tmp_path / "run")
+    until(lambda: manifest.steps(tmp_path / "run/checkpoints")[-1:] > [20] or run.process.poll() is not None, 120, run)
+    run.rank(1).kill()
+    assert run.wait(200) == 0, run.text()
+    assert "going on after step" in run.text()
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "calm")
+    assert_same_bits(*(checkpoint.restore(tmp_path / name / "checkpoints", 300)[0] for name in ("run", "calm")))
+
+
+@pytest.fixture(scope="session")
+def trained(inputs, tmp_path_factory):
+    """A finished run of eight steps with checkpoints at 3, 6 and 8."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    finetune(inputs, out, "--compile", "off", "--steps", 8, "--save-every", 6)
+    assert manifest.steps(out / "checkpoints") == [3, 6, 8]
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+OTHERS = [
+    ["--lr", "2e-2"],
+    ["--seed", "1"],
+    ["--batch", "2"],
+    ["--dtype", "float64"],
+    ["--schedule", "cosine"],
+    ["--clip", "2"],
+]
+
+
+@SLOW
+@pytest.mark.parametrize("flags", OTHERS, ids=str)
+def test_another_run_is_not_mixed_in(inputs, run, flags):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    said = finetune(inputs, run, "--compile", "off", "--steps", 20, *flags, code=2)
+    assert f"{flags[0]} was" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@SLOW
+def test_a_model_of_other_sizes_is_not_continued(inputs, run, tmp_path):
+    _, cfg = checkpoint.load_model(inputs[1])
+    larger = replace(cfg, hidden=cfg.hidden + 8)
+    checkpoint.save_model(tmp_path / "larger", model.init(larger), larger, source=inputs[1])
+    said = finetune(["--model", tmp_path / "larger", *inputs[2:]], run, "--steps", 20, "--compile", "off", code=2)
+    assert "another model" in said
+
+
+@SLOW
+def test_going_on_from_an_earlier_step_sets_later_ones_aside(inputs, run, trained):
+    said = finetune(inputs, run, "--compile", "off", "--steps", 8, "--save-every", 6, "--resume", 3)
+    assert said.count("set aside") == 2
+    assert manifest.steps(run / "checkpoints") == [3, 6, 8]
+    assert numbers(run) == numbers(trained)
+    assert_same_bits(*(checkpoint.restore(out / "checkpoints", 8)[0] for out in (run, trained)))
+    assert "there are checkpoints of the steps 3, 6, 8" in finetune(inputs, run, "--resume", 4, code=2)
+
+
+@SLOW
+def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(inputs, run):
+    [data] = [path for path in (run / "checkpoints/8").rglob("d/*") if path.stat().st_size > 10_000][:1]
+    content = bytearray(data.read_bytes())
+    content[777] ^= 1
+    data.write_bytes(content)
+    flags = ["--compile", "off", "--steps", 10, "--save-every", 6]
+    said = finetune(inputs, run, *flags, code=2)
+    assert str(data) in said
+    assert "the last good one is 6" in said
+    said = finetune(inputs, run, *flags, "--resume", "last-good")
+    assert "going on after step 6" in said
+    assert [row["step"] for row in rows(run)] == list(range(1, 11))
+
+
+def test_a_run_s_folder_becomes_a_model(trained, tmp_path):
+    """Float32 masters stored as the model that it began with: what finetune writes at the end."""
+    for kind in ("native", "hf", "mindspeed"):
+        convert.main([str(trained), str(tmp_path / kind), "--to", kind])
+        got, cfg = checkpoint.load_model(tmp_path / kind)
+        want, want_cfg = checkpoint.load_model(trained / "model")
+        assert_same_bits(got, want)
+        assert cfg.ids == want_cfg.ids
+    for path in (trained / "model").iterdir():
+        assert (tmp_path / "native" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_newer_format_says_so(run):
+    path = run / "checkpoints/8" / manifest.MANIFEST
+    content = json.loads(path.read_bytes())["content"] | {"format": "lumina_fn/checkpoint/2"}
+    digest = hashlib.sha256(manifest._text(content)).hexdigest()
+    path.write_bytes(manifest._text({"sha256": digest, "content": content}))
+    with pytest.raises(InputError, match="use a newer version"):
+        checkpoint.restore(run / "checkpoints")
