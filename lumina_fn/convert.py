@@ -42,7 +42,7 @@ def write_mindspeed(folder: Path, source: sources.Source, report: Report) -> Non
     (folder / sources.ITERATION).write_text("release")  # without a newline: their loader compares unstripped
 
 
-def _renamed(source: sources.Source) -> dict[str, tensor_files.Stored]:
+def _renamed(source: sources.Source) -> dict[str, tensor_files.Source]:
     if not isinstance(source.cfg, ModelConfig):
         raise InputError(f"a MoVQGAN ({source.what}) converts to native only: use --to native")
     return {names.to_source(path, names.TRANSFORMER): tensor for path, tensor in source.tensors.items()}

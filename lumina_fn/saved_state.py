@@ -5,6 +5,7 @@ is stored as arrays that lie end to end in its flat vector, so that any other cu
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,7 +81,7 @@ def save(
     del tree
 
     def finish() -> None:
-        with _said(folder, step, errors):
+        with _said(folder, step, errors), _silent_threads():
             if writer is not None:
                 writer.wait_until_finished()
                 writer.close()
@@ -266,6 +267,22 @@ def _check_room(folder: Path, size: int) -> None:
         raise InputError(
             f"{folder}: a checkpoint takes {(size + ROOM) / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: make room, or --keep fewer"
         )
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Orbax's threads tell an error to who waits for them, and once more to the terminal, with pages of traceback."""
+    before = threading.excepthook
+
+    def hook(raised: Any) -> None:
+        if not type(raised.thread).__module__.startswith("orbax."):
+            before(raised)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lumina_fn import safe_pickle
 from lumina_fn.errors import InputError
-from lumina_fn.tensor_files import Stored, chunks, size_of
+from lumina_fn.tensor_files import Source, Stored, chunks, size_of
 
 ALIGN = 64  # bytes, as torch does
 _KINDS = {
@@ -154,7 +153,7 @@ class _Pickler(pickle.Pickler):
 
 
 def write(
-    path: Path, key: str, tensors: Mapping[str, Stored | Tensor], progress: Callable[[int], None] = lambda n: None
+    path: Path, key: str, tensors: Mapping[str, Source], progress: Callable[[int], None] = lambda n: None
 ) -> None:
     """`{key: tensors}` as torch.save writes it, a chunk at a time; `progress` is told the bytes written."""
     records = {

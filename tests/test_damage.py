@@ -1,0 +1,187 @@
+"""A checkpoint that is not what was written never loads, and a disk that does not take one harms none that is there."""
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from experiments import processes
+from lumina_fn import checkpoint, errors, manifest, model, sharding
+from lumina_fn.errors import InputError
+from tests.test_resume import TINY, assert_same_bits, cut, random_state
+
+
+def two_ranks(rank: int, size: int, folder: Path) -> None:
+    mesh = sharding.Mesh(dist.group.WORLD, rank, size)
+    for step in (1, 2):
+        checkpoint.save(folder, step, cut(random_state(), mesh), {}, mesh, barrier=lambda: dist.barrier()).wait()
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Checkpoints of steps 1 and 2, in two shards."""
+    folder = tmp_path_factory.mktemp("written")
+    processes.run(2, two_ranks, folder)
+    return folder
+
+
+def flip(path: Path, pick: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[pick.randrange(len(content))] ^= 1 << pick.randrange(8)
+    path.write_bytes(content)
+
+
+def zero(path: Path, pick: random.Random) -> None:
+    """A block of zeros over something else."""
+    content = bytearray(path.read_bytes())
+    at = pick.choice([i for i, byte in enumerate(content) if byte])
+    begin = at // 512 * 512
+    content[begin : begin + 512] = bytes(len(content[begin : begin + 512]))
+    path.write_bytes(content)
+
+
+def truncate(path: Path, pick: random.Random) -> None:
+    os.truncate(path, pick.randrange(path.stat().st_size))
+
+
+def delete(path: Path, pick: random.Random) -> None:
+    path.unlink()
+
+
+def swap(path: Path, pick: random.Random) -> None:
+    """With another file of its kind, or with any other."""
+    root = next(p for p in path.parents if p.name == "2")
+    others = [p for p in root.rglob("*") if p.is_file() and p.read_bytes() != path.read_bytes()]
+    other = pick.choice([p for p in others if p.suffix == path.suffix] or others)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def add(path: Path, pick: random.Random) -> None:
+    path.with_name(f"{path.name}x").write_bytes(path.read_bytes())
+
+
+HARMS: list[tuple[Callable[[Path, random.Random], None], int]] = [
+    (flip, 6), (zero, 2), (truncate, 2), (delete, 1), (swap, 2)
+]  # fmt: skip
+
+
+def test_every_harm_is_told_with_its_file(written, tmp_path):
+    """In every file, several times: 13 harms each."""
+    pick, harmed = random.Random(0), 0
+    names = sorted(p.relative_to(written) for p in (written / "2").rglob("*") if p.is_file())
+    kinds = {name.name if "shard" not in name.name else "index" for name in names if name.parent.name != "d"}
+    assert kinds >= {
+        "MANIFEST.json",
+        "index",
+        "_METADATA",
+        "manifest.ocdbt",
+        "commit_success.txt",
+        "_CHECKPOINT_METADATA",
+    }
+    folder = tmp_path / "harmed"
+    for name in names:
+        for harm, times in HARMS:
+            for _ in range(times if (written / name).stat().st_size else 0):
+                shutil.copytree(written, folder)
+                harm(folder / name, pick)
+                found = checkpoint.verify(folder)
+                assert found[1] is None
+                wrong = [
+                    p for p in sorted(folder.rglob("*")) if p.is_file() and not same(p, written / p.relative_to(folder))
+                ]
+                assert any(str(p) in found[2] for p in [*wrong, folder / name]), (name, harm, found)
+                with pytest.raises(InputError, match="the last good one is 1") as told:
+                    checkpoint.restore(folder)
+                assert str(folder / "2") in str(told.value)
+                shutil.rmtree(folder)
+                harmed += 1
+    assert harmed >= 200
+
+
+def same(path: Path, other: Path) -> bool:
+    return other.exists() and path.read_bytes() == other.read_bytes()
+
+
+def test_a_file_too_many_is_told(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "harmed")
+    extra = folder / "2/shard_00001/d/extra"
+    extra.write_bytes(b"")
+    with pytest.raises(InputError, match="extra was not written"):
+        checkpoint.restore(folder)
+
+
+def test_a_checkpoint_under_another_s_name_is_told(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "harmed")
+    (folder / "2").rename(folder / "3")
+    with pytest.raises(InputError, match="belongs to step 2"):
+        checkpoint.restore(folder)
+
+
+def test_what_a_killed_run_left_is_not_listed_and_goes(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "left")
+    (folder / "2").rename(folder / ".2.tmp")
+    assert checkpoint.steps(folder) == [1]
+    manifest.tidy(folder)
+    assert [p.name for p in folder.iterdir()] == ["1"]
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """A small disk with these options. Root can mount one; others skip."""
+    if os.geteuid():
+        pytest.skip("only root can mount a small disk")
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", place], check=False)
+
+
+def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
+    folder = mounted("size=200k") / "checkpoints"
+    state = random_state()
+    with pytest.raises(InputError, match="MB are free: make room"):
+        checkpoint.save(folder, 1, state, {})
+    assert not folder.exists()
+    # What was free when it began is taken by somebody else meanwhile.
+    monkeypatch.setattr("lumina_fn.saved_state.ROOM", -(1 << 40))
+    checkpoint.save(folder, 1, state, {}).wait()
+    (folder.parent / "other").write_bytes(bytes(shutil.disk_usage(folder).free - 8192))
+    with pytest.raises(InputError, match=r"cannot write checkpoint 2 .*no space left; the last one there is 1"):
+        checkpoint.save(folder, 2, state, {}).wait()
+    assert checkpoint.verify(folder) == {1: None}
+    assert_same_bits(checkpoint.restore(folder)[0], state)
+
+
+def test_a_disk_that_may_not_be_written_is_said(mounted, monkeypatch):
+    folder = mounted("size=1m") / "checkpoints"
+    monkeypatch.setattr("lumina_fn.saved_state.ROOM", 0)
+    checkpoint.save(folder, 1, random_state(), {}).wait()
+    subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
+    with pytest.raises(InputError, match=r"cannot write .*[Rr]ead-only"):
+        checkpoint.save(folder, 2, random_state(), {}).wait()
+    assert checkpoint.verify(folder) == {1: None}
+
+
+def test_another_model_s_checkpoint_is_refused(written):
+    with pytest.raises(InputError, match="another model"):
+        checkpoint.restore(written, like=model.init(replace(TINY, width=8), device="meta"))
+    with pytest.raises(InputError, match="holds no checkpoint of step 7"):
+        checkpoint.restore(written, 7)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        checkpoint.restore(written / "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: checkpoint.restore(written / "nowhere"))
+    assert ended.value.code == 2
