@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast lint bench npu-check
+.PHONY: setup demo test test-fast soak lint bench npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -35,6 +35,11 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not slow"
 
+# A training run killed a hundred times; `make test` does ten.
+soak: export OMP_NUM_THREADS := 1
+soak: setup
+	$(BIN)/python -u -m tests.soak 100
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +48,7 @@ bench: setup
 	$(BIN)/python -m experiments.bench_convert
 	$(BIN)/python -m experiments.bench_fsdp
 	$(BIN)/python -m experiments.bench_step
+	$(BIN)/python -m experiments.bench_checkpoint
 
 npu-check: setup
 	$(BIN)/python -m experiments.npu_check
