@@ -67,7 +67,10 @@ def seal_shard(folder: Path, rank: int) -> None:
 def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
     """Give the unfinished checkpoint, whose shards are sealed, its manifest and its name; one of that name is replaced."""
     tmp, final = unfinished(folder, step), folder / str(step)
-    indices = {path.name: list(_hashed(path)) for path in sorted(tmp.glob("shard_*.json"))}
+    names = [f"{shard(rank)}.json" for rank in range(content["parts"])]
+    if absent := [name for name in names if not (tmp / name).exists()]:
+        raise InputError(f"{absent[0]} did not arrive: all machines must write to one disk that they share")
+    indices = {name: list(_hashed(tmp / name)) for name in names}
     content = {"format": FORMAT, "step": step, **content, "indices": indices}
     digest = hashlib.sha256(_text(content)).hexdigest()
     files.write_atomic(tmp / MANIFEST, _text({"sha256": digest, "content": content}))

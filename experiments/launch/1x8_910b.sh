@@ -11,6 +11,9 @@ NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 MASTER_PORT="${MASTER_PORT:-29500}"
 
+# Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
+SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
+
 # exec: Ctrl-C and a scheduler's signals reach torchrun itself.
 exec torchrun --nnodes 1 --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
-    -m experiments.finetune "$@"
+    --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

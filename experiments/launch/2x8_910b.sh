@@ -5,7 +5,7 @@
 #     MASTER_ADDR=10.0.0.1 NODE_RANK=1 bash experiments/launch/2x8_910b.sh ... the same
 #
 # Both need the same code and the same flags, and see --model and --features under the same path (a shared disk, or copies).
-# Only the first writes --out. Parameters are sharded over all 16 devices; `--strategy hybrid` shards within each machine
+# --out is on a disk that both share: each device saves its part of the training state there. Parameters are sharded over all 16 devices; `--strategy hybrid` shards within each machine
 # and keeps a copy on both, which sends less over the network and takes twice the memory.
 set -eu
 . "$(dirname "$0")/ascend.sh"
@@ -21,6 +21,8 @@ MASTER_ADDR="${MASTER_ADDR:?the address of the first machine on the network that
 MASTER_PORT="${MASTER_PORT:-29500}"
 # The network interface between the machines is the one that leads to MASTER_ADDR. Where that is wrong, set it for the
 # processes (GLOO_SOCKET_IFNAME=eth0) and for HCCL (HCCL_SOCKET_IFNAME="=eth0"; left alone it takes the first by name).
+# Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
+SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
 
 exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPUS_PER_NODE" \
-    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m experiments.finetune "$@"
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

@@ -10,6 +10,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
+# Fifteen minutes before its time is over a run is told to stop: it saves after its step, and the same command goes on from there.
+#SBATCH --signal=TERM@900
 #SBATCH --output=lumina-%j.log
 set -eu
 # Slurm runs a copy of this script: what lies beside it is found from the folder it was submitted in.
@@ -21,6 +23,10 @@ NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
+# Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
+SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
+
 # --kill-on-bad-exit: a machine that fails ends the job on all.
 exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$NPUS_PER_NODE" \
-    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" -m experiments.finetune "$@"
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
+    --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"
