@@ -160,13 +160,13 @@ def main(argv: Sequence[str] | None) -> int:
         shares.append([call / whole for call, whole in zip(blocked, total, strict=True)])
         cells = _spread(blocked), _spread(total), _spread(shares[-1]), f"{max(disk) / MB:.0f}", _megabytes(above)
         print(f"| {name} | {' | '.join(cells)} |")
-    print("\nrestoring:")
     same = True
+    print()
     for name, took in zip(READERS, zip(*restores, strict=True), strict=True):
         seconds, above, differs = zip(*took, strict=True)
         same &= not any(differs)
         compared = "DIFFERS from what was saved" if any(differs) else "equal"
-        print(f"  {name:9} {_spread(seconds)} s, peak {_megabytes(above)} MB above the state, {compared}")
+        print(f"restoring, {name}: {_spread(seconds)} s, peak {_megabytes(above)} MB above the state, {compared}")
     share = statistics.median(shares[0])
     print(f"blocked share: {share:.2f} (target {run.share:.2f})")
     return 0 if share <= run.share and same else 1

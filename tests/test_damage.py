@@ -133,6 +133,15 @@ def test_what_a_killed_run_left_is_not_listed_and_goes(written, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["1"]
 
 
+def test_machines_without_a_shared_disk_are_told(tmp_path):
+    """Where another machine's shard does not arrive, nothing gets the name of a checkpoint."""
+    mesh = sharding.Mesh("none", 0, 2)
+    saving = checkpoint.save(tmp_path, 1, cut(random_state(), mesh), {}, mesh)
+    with pytest.raises(InputError, match="shard_00001.json did not arrive"):
+        saving.wait()
+    assert checkpoint.steps(tmp_path) == []
+
+
 @pytest.fixture
 def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
     """A small disk with these options. Root can mount one; others skip."""
