@@ -146,9 +146,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
             world.remember(f"made {out}")
         start = world.total(resuming.starting_step(out / CHECKPOINTS, resume) if world.rank == 0 else 0)
         if start >= run.steps and (out / run_folder.MODEL).exists():
-            print(
-                f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on"
-            )
+            print(f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on")
             return 0
         state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
         kept = Checkpoints(

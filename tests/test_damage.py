@@ -137,7 +137,7 @@ def test_machines_without_a_shared_disk_are_told(tmp_path):
     """Where another machine's shard does not arrive, nothing gets the name of a checkpoint."""
     mesh = sharding.Mesh("none", 0, 2)
     saving = checkpoint.save(tmp_path, 1, cut(random_state(), mesh), {}, mesh)
-    with pytest.raises(InputError, match="shard_00001.json did not arrive"):
+    with pytest.raises(InputError, match=r"shard_00001\.json did not arrive"):
         saving.wait()
     assert checkpoint.steps(tmp_path) == []
 
