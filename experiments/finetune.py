@@ -9,8 +9,6 @@ trains on its share of every batch and keeps its part of the model; experiments/
 Without arguments this is the embedded default: the fine-tune of `make demo`.
 """
 
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -114,8 +112,8 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    run = settings.parse(Settings, __doc__, argv or _embedded_default(world))
+    argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
+    run = settings.parse(Settings, __doc__, argv)
     checks.flags(run)
     device = world.device(run.device)
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -154,7 +152,10 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
         )
         state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
         if stopped is not None:
-            return _say_stopped(world, argv, stopped, int(state.step), kept)
+            world.say(
+                resuming.farewell(argv, stopped, int(state.step), saved=run.save_every > 0, alone=world.ending is None)
+            )
+            return 128 + stopped
         broken = int(state.streak) >= STREAK
         folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
         checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
@@ -192,17 +193,6 @@ def _state(
             checkpoint.save_heritage(out / ORIGIN, run.model)
     world.barrier()
     return state, meta["totals"]
-
-
-def _say_stopped(world: World, argv: Sequence[str], number: int, step: int, kept: Checkpoints) -> int:
-    program = "python" if world.ending is None else "torchrun ..."
-    command = shlex.join([*program.split(), "-m", "experiments.finetune", *argv])
-    name = signal.Signals(number).name
-    if kept.every:
-        world.say(f"stopped by {name} after step {step}, which is saved; resume with: {command}")
-    else:
-        world.say(f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for")
-    return 128 + number
 
 
 def finetune(

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import shlex
+import signal
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -146,6 +148,20 @@ def cut_back(out: Path, step: int, world: World) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     files.write_atomic(path, "".join(kept))
+
+
+def farewell(argv: Sequence[str], number: int, step: int, *, saved: bool, alone: bool) -> str:
+    """What is said of a run that a signal stopped, with the command that goes on: that of the run, but for where it began."""
+    name = signal.Signals(number).name
+    if not saved:
+        return f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for"
+    words, kept = iter(argv), ["python" if alone else "torchrun ...", "-m", "experiments.finetune"]
+    for word in words:
+        if word == "--resume":
+            next(words)
+        elif word != "--overwrite" and not word.startswith("--resume="):
+            kept.append(shlex.quote(word))
+    return f"stopped by {name} after step {step}, which is saved; resume with: {' '.join(kept)}"
 
 
 def _revision() -> str | None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from experiments import processes
+from experiments import processes, resuming
 from lumina_fn import checkpoint, convert, manifest, model, sharding, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
@@ -293,3 +293,9 @@ def test_a_newer_format_says_so(run):
     path.write_bytes(manifest._text({"sha256": digest, "content": content}))
     with pytest.raises(InputError, match="use a newer version"):
         checkpoint.restore(run / "checkpoints")
+
+
+def test_the_command_that_goes_on_does_not_begin_again():
+    argv = ["--out", "my run", "--overwrite", "--resume", "7", "--steps", "9", "--resume=3"]
+    said = resuming.farewell(argv, signal.SIGTERM, 5, saved=True, alone=True)
+    assert said.endswith("resume with: python -m experiments.finetune --out 'my run' --steps 9")
