@@ -5,13 +5,11 @@ is stored as arrays that lie end to end in its flat vector, so that any other cu
 """
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import files, manifest, model, names, sharding
+from lumina_fn import files, manifest, model, names, orbax_bridge, sharding
 from lumina_fn.config import LUMINA_7B
 from lumina_fn.errors import InputError, printable
 from lumina_fn.manifest import Damaged
@@ -44,7 +42,7 @@ class Saving:
         return bool(self._errors)
 
     def wait(self) -> None:
-        """Until it has its name on every rank. Raises InputError where it could not be written."""
+        """Until it has its name on every rank. Raises InputError where it could not be written, and what `barrier` raised."""
         while self._thread.is_alive() and not self._errors:  # a rank that failed does not wait for the others
             self._thread.join(0.05)
         if self._errors:
@@ -61,10 +59,11 @@ def save(
     checkpoint at a time. `meta` is anything that JSON holds. Afterwards all but the last `keep` (None: all) and the multiples
     of keep_every are removed. InputError where there is no room; nothing that was saved before is touched then.
     """
-    ocp, folder = _orbax(), Path(folder).absolute()
+    folder = Path(folder).absolute()
+    ocp, handler = orbax_bridge.load()
     rank, parts = (0, 1) if mesh is None else (mesh.rank, mesh.shards[1])
-    tmp, tree = manifest.unfinished(folder, step), _tree(state)
-    _check_room(folder, parts * sum(array.nbytes for array in pytree.tree_leaves(tree)))
+    tmp = manifest.unfinished(folder, step)
+    _check_room(folder, parts * sum(leaf.nbytes for leaf in pytree.tree_leaves((state.params, state.mu, state.nu))))
     with files.writable(folder):
         tmp.mkdir(parents=True, exist_ok=True)
     content = {
@@ -75,26 +74,27 @@ def save(
     errors: list[Exception] = []
     writer = None
     if rank < parts:  # others hold copies of the same
-        writer = ocp.AsyncCheckpointer(_handler(ocp), timeout_secs=PATIENCE)
-        with _said(folder, step, errors):
-            writer.save(tmp / manifest.shard(rank), args=ocp.args.PyTreeSave(tree), force=True)
-    del tree
+        writer = ocp.AsyncCheckpointer(handler, timeout_secs=PATIENCE)
+        with _disk_errors(folder, step):
+            writer.save(tmp / manifest.shard(rank), args=ocp.args.PyTreeSave(_tree(state)), force=True)
 
     def finish() -> None:
-        with _said(folder, step, errors), _silent_threads():
+        try:
             if writer is not None:
-                writer.wait_until_finished()
-                writer.close()
-                manifest.seal_shard(tmp, rank)
+                with _disk_errors(folder, step), orbax_bridge.quiet():
+                    writer.wait_until_finished()
+                    writer.close()
+                    manifest.seal_shard(tmp, rank)
             barrier()
             if rank == 0:
-                manifest.commit(folder, step, content)
-                manifest.prune(folder, keep, keep_every)
+                with _disk_errors(folder, step):
+                    manifest.commit(folder, step, content)
+                    manifest.prune(folder, keep, keep_every)
             barrier()
+        except Exception as error:  # for who waits
+            errors.append(error)
 
-    thread = Thread(target=finish, name=f"checkpoint {step}", daemon=True)
-    if not errors:
-        thread.start()
+    (thread := Thread(target=finish, daemon=True)).start()
     return Saving(thread, errors)
 
 
@@ -158,8 +158,8 @@ class Stored:
         shaped = {path: torch.empty(shape, dtype=self.dtype, device="meta") for path, shape in self.shapes.items()}
         self.whole: model.Params = names.unflatten(like, shaped)
         self.units = (self.whole.embed, *self.whole.blocks, self.whole.head)
-        self._ocp = _orbax()
-        self._reader = self._ocp.Checkpointer(_handler(self._ocp))
+        self._ocp, handler = orbax_bridge.load()
+        self._reader = self._ocp.Checkpointer(handler)
         self._checked: set[int] = set()
         self._last: tuple[tuple[int, str, int], list[Tensor]] = ((-1, "", -1), [])  # leaves of a unit are read in order
 
@@ -247,20 +247,6 @@ def _piece(i: int) -> str:
     return f"{i:02d}"
 
 
-def _orbax() -> ModuleType:
-    """Imported late: with jax it takes seconds and 150 MB, which only those who save or restore pay."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # it would look for accelerators, and take them
-    import orbax.checkpoint
-
-    return orbax.checkpoint
-
-
-def _handler(ocp: ModuleType) -> Any:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
-
-
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if free < size + ROOM:
@@ -270,29 +256,15 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def _silent_threads() -> Iterator[None]:
-    """Orbax's threads tell an error to who waits for them, and once more to the terminal, with pages of traceback."""
-    before = threading.excepthook
-
-    def hook(raised: Any) -> None:
-        if not type(raised.thread).__module__.startswith("orbax."):
-            before(raised)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-@contextmanager
-def _said(folder: Path, step: int, errors: list[Exception]) -> Iterator[None]:
-    """What goes wrong while a checkpoint is written is the disk's or its owner's, and told to who waits for it."""
+def _disk_errors(folder: Path, step: int) -> Iterator[None]:
+    """What goes wrong while a checkpoint is written is the disk's, or that of who owns it: an InputError. What was written goes."""
     try:
         yield
     except Exception as error:
+        shutil.rmtree(manifest.unfinished(folder, step), ignore_errors=True)
         full = "No space left on device" in str(error)
         reason = "no space left" if full else getattr(error, "strerror", None) or printable(str(error).splitlines()[0])
-        saved = manifest.steps(folder)
-        still = f"the last one there is {saved[-1]}" if saved else "there is none yet"
-        errors.append(InputError(f"cannot write checkpoint {step} in {folder}: {reason}; {still}"))
+        newest = (manifest.steps(folder) or ["none"])[-1]
+        raise InputError(
+            f"cannot write checkpoint {step} in {folder}: {reason}; the last one there is {newest}"
+        ) from error

@@ -159,7 +159,7 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
-    folder = mounted("size=200k") / "checkpoints"
+    folder = mounted("size=800k") / "checkpoints"
     state = random_state()
     with pytest.raises(InputError, match="MB are free: make room"):
         checkpoint.save(folder, 1, state, {})
@@ -170,6 +170,7 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
     (folder.parent / "other").write_bytes(bytes(shutil.disk_usage(folder).free - 8192))
     with pytest.raises(InputError, match=r"cannot write checkpoint 2 .*no space left; the last one there is 1"):
         checkpoint.save(folder, 2, state, {}).wait()
+    assert [p.name for p in folder.iterdir()] == ["1"]
     assert checkpoint.verify(folder) == {1: None}
     assert_same_bits(checkpoint.restore(folder)[0], state)
 
