@@ -16,6 +16,8 @@ from lumina_fn import checkpoint, errors, manifest, model, sharding
 from lumina_fn.errors import InputError
 from tests.test_resume import TINY, assert_same_bits, cut, random_state
 
+pytestmark = pytest.mark.slow
+
 
 def two_ranks(rank: int, size: int, folder: Path) -> None:
     mesh = sharding.Mesh(dist.group.WORLD, rank, size)

@@ -274,6 +274,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(inputs, r
     assert [row["step"] for row in rows(run)] == list(range(1, 11))
 
 
+@SLOW
 def test_a_run_s_folder_becomes_a_model(trained, tmp_path):
     """Float32 masters stored as the model that it began with: what finetune writes at the end."""
     for kind in ("native", "hf", "mindspeed"):
@@ -286,6 +287,7 @@ def test_a_run_s_folder_becomes_a_model(trained, tmp_path):
         assert (tmp_path / "native" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@SLOW
 def test_a_newer_format_says_so(run):
     path = run / "checkpoints/8" / manifest.MANIFEST
     content = json.loads(path.read_bytes())["content"] | {"format": "lumina_fn/checkpoint/2"}
