@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
         if world.rank == 0:
             world.remember(f"made {out}")
         start = world.total(resuming.starting_step(out / CHECKPOINTS, resume) if world.rank == 0 else 0)
-        if start >= run.steps and (out / run_folder.MODEL).exists():
+        if start >= run.steps and run_folder.is_finished(out, start):
             print(f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on")
             return 0
         state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
@@ -159,6 +159,8 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
         broken = int(state.streak) >= STREAK
         folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
         checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
+        if world.rank == 0 and not broken:
+            run_folder.finish(out, int(state.step))
     if broken:
         world.say(
             f"error: the last {int(state.streak)} steps had no finite loss and gradient; the parameters before them are in "

@@ -12,7 +12,8 @@ from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 
 METRICS, MODEL, LAST_GOOD = "metrics.jsonl", "model", "last_good"
-CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD}
+FINISHED = "finished"  # holds the step whose parameters are in model/
+CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED}
 
 
 @contextmanager
@@ -37,6 +38,8 @@ def held(out: Path, afresh: bool) -> Iterator[None]:
             if afresh and out.exists():
                 shutil.rmtree(out)
             out.mkdir(exist_ok=True)
+            for path in filter(files.is_unfinished, list(out.iterdir())):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
 
 
@@ -47,7 +50,11 @@ def check(out: Path, resume: str, overwrite: bool) -> bool:
             if resume not in ("no", "auto"):
                 raise InputError(f"--resume {resume}: {out} does not exist, there is nothing to go on from")
             return True
-        strangers = [] if not out.is_dir() else sorted(p.name for p in out.iterdir() if p.name not in CONTENTS)
+        strangers = (
+            []
+            if not out.is_dir()
+            else sorted(p.name for p in out.iterdir() if p.name not in CONTENTS and not files.is_unfinished(p))
+        )
         if strangers or not out.is_dir():
             raise InputError(
                 f"{out} is no run's folder{f' (it holds {strangers[0]})' if strangers else ''}: give another place"
@@ -65,3 +72,13 @@ def check(out: Path, resume: str, overwrite: bool) -> bool:
                     f"{out} holds a model and no checkpoint to go on from: give a new place, or --overwrite to start afresh there"
                 )
         return not saved and not any((out / CHECKPOINTS).glob("*.aside"))
+
+
+def finish(out: Path, step: int) -> None:
+    """Note that model/ holds the parameters after a step: one of an earlier step may be there when a run that goes on is killed."""
+    files.write_atomic(out / FINISHED, f"{step}\n")
+
+
+def is_finished(out: Path, step: int) -> bool:
+    path = out / FINISHED
+    return path.exists() and path.read_text().strip() == str(step)

@@ -57,6 +57,11 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         sync_one(path.absolute().parent)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a file or folder is what one of these functions was writing when it was killed, or is writing still."""
+    return path.name.startswith(".") and _MARK in path.name
+
+
 def sync(folder: Path) -> None:
     """Force every file under `folder`, and the folders themselves, onto the disk."""
     for root, _, names in os.walk(folder, topdown=False):

@@ -260,6 +260,21 @@ def test_going_on_from_an_earlier_step_sets_later_ones_aside(inputs, run, traine
 
 
 @SLOW
+def test_a_kill_while_the_model_was_written(inputs, run, trained):
+    """What was unfinished goes, and a model of an earlier step is not taken for the run's."""
+    (run / ".model.lumina-tmp-0123").mkdir()
+    (run / ".metrics.jsonl.lumina-tmp-4567").write_text("{")
+    (run / "finished").write_text("3\n")
+    (run / "model/model.safetensors").write_bytes(b"of step 3")
+    said = finetune(inputs, run, "--compile", "off", "--steps", 8, "--save-every", 6)
+    assert "going on after step 8" in said
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    for path in (trained / "model").iterdir():
+        assert (run / "model" / path.name).read_bytes() == path.read_bytes()
+    assert "8 steps are done" in finetune(inputs, run, "--compile", "off", "--steps", 8)
+
+
+@SLOW
 def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(inputs, run):
     [data] = [path for path in (run / "checkpoints/8").rglob("d/*") if path.stat().st_size > 10_000][:1]
     content = bytearray(data.read_bytes())
