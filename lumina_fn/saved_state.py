@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -216,9 +217,13 @@ def shapes(params: model.Params) -> Shapes:
     """Those of a tree, or of the tree that these are parts of, by path."""
     if not isinstance(params.head, Sharded):
         return {path: tuple(leaf.shape) for path, leaf in names.flatten(params).items()}
-    like = names.flatten(model.init(replace(LUMINA_7B, layers=len(params.blocks)), device="meta"))
     of_units = (shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes)
-    return dict(zip(like, of_units, strict=True))
+    return dict(zip(_paths(len(params.blocks)), of_units, strict=True))
+
+
+@lru_cache(maxsize=8)  # a tenth of a second, in which a step would be blocked
+def _paths(layers: int) -> tuple[str, ...]:
+    return tuple(names.flatten(model.init(replace(LUMINA_7B, layers=layers), device="meta")))
 
 
 def _tree(state: TrainState) -> dict[str, dict[str, dict[str, np.ndarray]]]:
