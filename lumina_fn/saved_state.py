@@ -150,7 +150,7 @@ class Stored:
     """A checkpoint to read from. Its files are checked when they are first needed."""
 
     def __init__(self, folder: Path, step: int):
-        self.folder, self.step, self.content = folder, step, manifest.read(folder, step)
+        self.folder, self.step, self.content = folder.absolute(), step, manifest.read(folder, step)
         self.dtype = getattr(torch, self.content["dtype"])
         found = self.content["shapes"]
         layers = len({path.split(".")[1] for path in found if path.startswith("blocks.")})

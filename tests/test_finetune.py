@@ -277,7 +277,7 @@ def test_as_a_program(tmp_path, lm, tokens):
     )
     good = run("--model", lm, "--features", features, "--out", tmp_path / "run", "--steps", 2)
     assert good.returncode == 0, good.stderr
-    bad = run("--model", lm, "--features", features, "--out", tmp_path / "run")
+    bad = run("--model", lm, "--features", features, "--out", tmp_path / "run", "--resume", "no")
     assert bad.returncode == 2
     assert len(bad.stderr.splitlines()) == 1
     assert run("--help").returncode == 0
