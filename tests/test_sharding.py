@@ -113,6 +113,7 @@ def settings(**choices) -> list[tuple]:
     return [tuple(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+@SLOW
 def test_two_processes_equal_one():
     kinds = settings(remat=[False], sync=[True, False])
     check(2, [(s, n, kind) for (s, n), kind in itertools.product(strategies(2), kinds)])
