@@ -265,7 +265,7 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
     """What goes wrong while a checkpoint is written is the disk's, or that of who owns it: an InputError. What was written goes."""
     try:
         yield
-    except Exception as error:
+    except (OSError, ValueError) as error:  # tensorstore raises the latter
         shutil.rmtree(manifest.unfinished(folder, step), ignore_errors=True)
         full = "No space left on device" in str(error)
         reason = "no space left" if full else getattr(error, "strerror", None) or printable(str(error).splitlines()[0])

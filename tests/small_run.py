@@ -8,6 +8,7 @@ import numpy as np
 from lumina_fn import checkpoint, data, model, prompt
 from lumina_fn.config import ModelConfig
 from lumina_fn.vocab import Ids
+from tests import folders
 
 CODES = 16
 
@@ -29,3 +30,12 @@ def write_features(folder: Path, tokenizer: Path, ids: Ids, /, count: int = 7, *
     folder.mkdir()
     data.write_features(folder, features, replace(data.Origin(64, 0, ids, known.fingerprint, "vq"), **changes))
     return folder
+
+
+def write_inputs(folder: Path) -> list:
+    """Flags that name a model and features, which are written into the folder."""
+    (folder / "tokenizer").mkdir()
+    ids = folders.write_tokenizer(folder / "tokenizer", CODES)
+    write_lm(folder / "lm", folder / "tokenizer", ids)
+    write_features(folder / "features", folder / "tokenizer", ids)
+    return ["--model", folder / "lm", "--features", folder / "features", "--device", "cpu"]

@@ -23,8 +23,7 @@ from experiments import distributed, finetune
 from experiments.distributed import World
 from lumina_fn import checkpoint
 from lumina_fn.errors import InputError
-from tests import folders
-from tests.small_run import CODES, write_features, write_lm
+from tests.small_run import write_inputs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -37,12 +36,7 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Flags that name a model and features."""
-    folder = tmp_path_factory.mktemp("launch")
-    (folder / "tokenizer").mkdir()
-    ids = folders.write_tokenizer(folder / "tokenizer", CODES)
-    write_lm(folder / "lm", folder / "tokenizer", ids)
-    write_features(folder / "features", folder / "tokenizer", ids)
-    return ("--model", folder / "lm", "--features", folder / "features", "--device", "cpu", "--compile", "off")
+    return (*write_inputs(tmp_path_factory.mktemp("launch")), "--compile", "off")
 
 
 @pytest.fixture(scope="session")

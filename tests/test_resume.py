@@ -19,8 +19,7 @@ from experiments import processes, resuming
 from lumina_fn import checkpoint, convert, manifest, model, sharding, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
-from tests import folders
-from tests.small_run import CODES, write_features, write_lm
+from tests.small_run import write_inputs
 from tests.test_launch import launch, rows, torchrun, until  # noqa: F401
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
@@ -31,12 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "tokenizer").mkdir()
-    ids = folders.write_tokenizer(folder / "tokenizer", CODES)
-    write_lm(folder / "lm", folder / "tokenizer", ids)
-    write_features(folder / "features", folder / "tokenizer", ids)
-    return ["--model", folder / "lm", "--features", folder / "features", "--device", "cpu"]
+    return write_inputs(tmp_path_factory.mktemp("resume"))
 
 
 # 7 items in steps of 3, 3 and 1.
