@@ -23,7 +23,7 @@ from experiments import distributed, finetune
 from experiments.distributed import World
 from lumina_fn import checkpoint
 from lumina_fn.errors import InputError
-from tests.small_run import write_inputs
+from tests.small_run import CODES, write_features, write_inputs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
