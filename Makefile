@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast soak lint bench npu-check
+.PHONY: setup demo test test-fast ascend-test soak lint bench npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -26,14 +26,21 @@ demo: setup
 
 # Tensors of tests are tiny: a second thread costs more than it gives, a second process does not.
 # A file's tests stay in one process and in order: blocks of the README build on each other.
-test test-fast: export OMP_NUM_THREADS := 1
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test test-fast ascend-test: export OMP_NUM_THREADS := 1
+PYTEST := -m pytest -q -n 2 --dist loadfile -p tests.ascend.ladder
 
-test: setup
-	$(PYTEST)
+test: setup .venv-npu/installed
+	$(BIN)/python $(PYTEST) --rungs 1,2
 
-test-fast: setup
-	$(PYTEST) -m "not slow"
+test-fast: setup .venv-npu/installed
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# The ladder of tests/ascend, what shows the NPU's path without an NPU. A venv that cannot be made here says why in its `missing`.
+.venv-%/installed: .venv/installed tests/ascend/overlay.py $(wildcard tests/ascend/cann_stub/*.[cp]*)
+	$(BIN)/python -m tests.ascend.overlay $*
+
+ascend-test: setup .venv-npu/installed
+	$$(test -e .venv-npu/installed && echo .venv-npu/bin/npu-python || echo $(BIN)/python) $(PYTEST) --rungs 3,4,5 tests/ascend
 
 # A training run killed a hundred times; `make test` does ten.
 soak: export OMP_NUM_THREADS := 1

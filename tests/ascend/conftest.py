@@ -1,0 +1,12 @@
+"""Each rung's tests are collected in the venv they are made for, and only there: torch_npu and torch alone do not mix."""
+
+import pytest
+
+from tests.ascend import ladder
+
+collect_ignore = ladder.elsewhere()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The plugin, also for a pytest that was started without it."""
+    config.pluginmanager.import_plugin(ladder.__name__)
