@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ def extend(
     """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them."""
     B, T = tokens.shape
     positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-    attend = _over_cache(positions, max(lengths) + T, params.embed.dtype)
+    attend = _over_cache(positions, max(lengths) + T)
     return _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache).view(B, T, -1)[:, -1:]
 
 
@@ -71,23 +70,17 @@ def _apart(lengths: list[int]) -> Attend:
     return attend
 
 
-def _over_cache(positions: Int[Tensor, "B T"], slots: int, dtype: torch.dtype) -> Attend:
+def _over_cache(positions: Int[Tensor, "B T"], slots: int) -> Attend:
     """Each row's T tokens see that row's slots up to their own; the first `slots` slots are read."""
     B, T = positions.shape
-    rows = torch.arange(B, device=positions.device)[:, None]
     seen = torch.arange(slots, device=positions.device) <= positions[..., None]
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    rows = lambda x: x.view(B, T, *x.shape[2:])
 
     def attend(q, k, v, cache):
-        for kept, new in zip(cache, (k, v), strict=True):
-            kept[rows, positions] = rearrange(new, "1 (B T) G K -> B T G K", B=B)
-        # The query heads that share a key head become more queries of it, so that keys are never repeated.
-        shared = q.shape[2] // k.shape[2]
-        q = rearrange(q, "1 (B T) (G R) K -> B G (R T) K", B=B, R=shared)
-        keys, values = (t[:, :slots].transpose(1, 2) for t in cache)
-        out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=repeat(hidden, "B T S -> B 1 (R T) S", R=shared)
+        cache = tuple(
+            ops.write_cache(kept, positions, rows(new), donate=True) for kept, new in zip(cache, (k, v), strict=True)
         )
-        return rearrange(out, "B G (R T) K -> 1 (B T) (G R) K", T=T), cache
+        keys, values = (kept[:, :slots] for kept in cache)
+        return ops.cached_attention(rows(q), keys, values, seen).view(q.shape), cache
 
     return attend

@@ -71,29 +71,18 @@ def rope(positions: Int[Tensor, " T"], cfg: ModelConfig) -> Float[Tensor, "T 2 h
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def rotate(x: Float[Tensor, "B T H K"], angles: Float[Tensor, "T 2 half"]) -> Float[Tensor, "B T H K"]:
-    """Rotate channel j against channel j + K/2 (the Hugging Face pairing)."""
-    cos, sin = (a.to(x.dtype)[:, None] for a in angles.unbind(1))
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def head_norm(x: Float[Tensor, "B T H K"], p: Norm) -> Float[Tensor, "B T H K"]:
-    return F.layer_norm(x, x.shape[-1:], eps=HEAD_NORM_EPS) * p.gain + p.bias
-
-
 def attention(
     p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend, cache: KV | None
 ) -> tuple[Float[Tensor, "B T D"], KV | None]:
     heads = lambda w: rearrange(F.linear(x, w), "B T (H K) -> B T H K", K=cfg.head_width)
-    q = rotate(head_norm(heads(p.q), p.q_norm), angles)
-    k = rotate(head_norm(heads(p.k), p.k_norm), angles)
+    normed = lambda x, norm: ops.qk_norm_rotary(x, norm.gain, norm.bias, angles, HEAD_NORM_EPS)
+    q, k = normed(heads(p.q), p.q_norm), normed(heads(p.k), p.k_norm)
     out, cache = attend(q, k, heads(p.v), cache)
     return F.linear(rearrange(out, "B T H K -> B T (H K)"), p.out), cache
 
 
 def mlp(p: Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    return F.linear(F.silu(F.linear(x, p.gate)) * F.linear(x, p.up), p.down)
+    return F.linear(ops.swiglu(F.linear(x, p.gate), F.linear(x, p.up)), p.down)
 
 
 def block(
@@ -110,8 +99,8 @@ def block(
         x = x + norm(p.attn_norm, a)
         return x + norm(p.mlp_norm, mlp(p, x)), cache
     a, cache = attention(p, norm(p.attn_norm, x), angles, cfg, attend, cache)
-    x = x + a
-    return x + mlp(p, norm(p.mlp_norm, x)), cache
+    x, y = ops.add_rms_norm(a, x, p.mlp_norm, cfg.eps)
+    return x + mlp(p, y), cache
 
 
 def trunk(

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import ascend, reference
 from ops.define import define
 
 _ARGS = "Tensor{p}[] params, Tensor{g}[] grads, Tensor{m}[] mu, Tensor{n}[] nu, Tensor count, Tensor lr, Tensor scale, Tensor skip, float b1, float b2, float eps, float decay"
@@ -13,17 +13,35 @@ def _copies(params, grads, mu, nu, *rest):
     return params, mu, nu
 
 
+def _batched(info, in_dims, *args):
+    """Leaves of items in front; scalars of one item each go through the formula, leaf by leaf."""
+    n, lists, scalars, hyper = info.batch_size, args[:4], args[4:8], args[8:]
+    place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
+    lists = [[place(x, d) for x, d in zip(xs, dims, strict=True)] for xs, dims in zip(lists, in_dims, strict=False)]
+    if in_dims[4:8] == (None,) * 4:
+        return _adamw(*lists, *scalars, *hyper), ([0] * len(args[0]),) * 3
+    scalars = [place(x, d)[:, None] for x, d in zip(scalars, in_dims[4:8], strict=True)]
+    new = [
+        [y.view(leaf[0].shape) for y in reference.adamw_of_leaf(*(x.flatten(1) for x in leaf), *scalars, *hyper)]
+        for leaf in zip(*lists, strict=True)
+    ]
+    return tuple(map(list, zip(*new, strict=True))), ([0] * len(args[0]),) * 3
+
+
 _adamw = define(
     f"adamw({_ARGS.format(p='', g='', m='', n='')}) -> (Tensor[], Tensor[], Tensor[])",
     fake=lambda params, grads, mu, nu, *rest: tuple(
         [torch.empty_like(x) for x in leaves] for leaves in (params, mu, nu)
     ),
+    batched=_batched,
     default=_copies,
+    PrivateUse1=ascend.adamw,
 )
 _adamw_ = define(
     f"adamw_({_ARGS.format(p='(a!)', g='(b!)', m='(c!)', n='(d!)')}) -> ()",
     fake=lambda *args: None,
     default=reference.adamw_,
+    PrivateUse1=ascend.adamw_,
 )
 
 Leaves = list[Tensor]

@@ -62,21 +62,37 @@ def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
     return out
 
 
+# vmap: every rank has the same number of items, and each item is what it would be alone.
+def _batched_all_gather(info, in_dims, x, group, size):
+    x = x.movedim(in_dims[0], 0)
+    whole = all_gather_op(x.flatten(), group, size)
+    return whole.view(size, *x.shape).transpose(0, 1).flatten(1), 0
+
+
+def _batched_reduce_scatter(info, in_dims, x, group, size):
+    x = x.movedim(in_dims[0], 0)
+    parts = x.unflatten(1, (size, -1)).transpose(0, 1)
+    return reduce_scatter_op(parts.flatten(), group, size).view(len(x), -1), 0
+
+
 all_gather_op = define(
     "all_gather(Tensor x, str group, int size) -> Tensor",
     fake=lambda x, group, size: x.new_empty(x.numel() * size),
+    batched=_batched_all_gather,
     default=_all_gather,
     CPU=_cpu_all_gather,
 )
 reduce_scatter_op = define(
     "reduce_scatter(Tensor x, str group, int size) -> Tensor",
     fake=lambda x, group, size: x.new_empty(x.numel() // size),
+    batched=_batched_reduce_scatter,
     default=_reduce_scatter,
     CPU=_cpu_reduce_scatter,
 )
 all_reduce_op = define(
     "all_reduce(Tensor x, str group, int size) -> Tensor",
     fake=lambda x, group, size: torch.empty_like(x),
+    batched=lambda info, in_dims, x, group, size: (all_reduce_op(x, group, size), in_dims[0]),
     default=_all_reduce,
 )
 

@@ -2,8 +2,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels import reference
-from ops.define import define, looped
+from kernels import ascend, reference
+from ops.define import define, in_front
 
 
 def _fake(x, weight, target, count, z_weight, masked):
@@ -11,12 +11,20 @@ def _fake(x, weight, target, count, z_weight, masked):
     return total, torch.empty_like(total), torch.empty_like(x), torch.empty_like(weight)
 
 
+def _batched(info, in_dims, *args):
+    x, weight, target, count, z_weight, masked = in_front(info, in_dims, *args)
+    if in_dims[1] is None:  # one weight for all: the products with it stay matrix products of all items' rows
+        weight = args[1]
+    return reference.linear_cross_entropy_pass(x, weight, target, count, z_weight, masked), (0,) * 4
+
+
 linear_cross_entropy_pass = define(
     "linear_cross_entropy_pass(Tensor x, Tensor weight, Tensor target, Tensor count, float z_weight, int[] masked)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    batched=lambda *a: looped(linear_cross_entropy_pass)(*a),
+    batched=_batched,
     default=reference.linear_cross_entropy_pass,
+    PrivateUse1=ascend.linear_cross_entropy_pass,
 )
 
 

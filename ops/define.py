@@ -29,26 +29,25 @@ def define(
     return getattr(torch.ops.lumina, name).default
 
 
+def in_front(info: Any, in_dims: tuple[Any, ...], *args: Any) -> list[Any]:
+    """The arguments of a vmap rule with the new axis first in every tensor; one that lacks it is expanded."""
+    n = info.batch_size
+    place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
+    return [place(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)]
+
+
+def against(p: Tensor, x: Tensor) -> Tensor:
+    """A parameter with a new first axis, [S ..], shaped to broadcast with x [S .. ..]."""
+    return p.reshape(p.shape[0], *[1] * (x.ndim - p.ndim), *p.shape[1:])
+
+
 def folded(op: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule of an op that treats the rows of every tensor's first axis alike: fold the new axis into it."""
 
     def rule(info, in_dims, *args):
-        n = info.batch_size
-        spread = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
-        outputs = op(
-            *(spread(x, d).flatten(0, 1) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True))
-        )
-        return tuple(y.unflatten(0, (n, -1)) for y in outputs), (0,) * len(outputs)
-
-    return rule
-
-
-def looped(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule of any other op: one item after the other. (vmap of its reference inside a rule is refused by torch.)"""
-
-    def rule(info, in_dims, *args):
-        pick = lambda i: (x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
-        items = [op(*pick(i)) for i in range(info.batch_size)]
-        return tuple(map(torch.stack, zip(*items, strict=True))), (0,) * len(items[0])
+        flat = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in in_front(info, in_dims, *args))
+        apart = lambda y: y.unflatten(0, (info.batch_size, -1))
+        out = op(*flat)
+        return (apart(out), 0) if isinstance(out, Tensor) else (tuple(map(apart, out)), (0,) * len(out))
 
     return rule

@@ -1,0 +1,193 @@
+"""The kernels of Ascend NPUs: torch_npu's fused ops where it has one, and what is made of its ops where it has none.
+
+Signatures and results are kernels.reference's. Every op used here has a converter to a GE graph, so that one file serves eager
+execution and export. Nothing is imported from torch_npu: `torch.ops.npu` is there once it is loaded, or once
+kernels.npu_fakes declares it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.reference import adamw_of_leaf, wide
+
+npu = torch.ops.npu
+CAUSAL = 2048  # side of the mask that npu_fusion_attention takes for causal attention of any length
+CAUSAL_MODE, WHOLE_MASK_MODE = 3, 1  # its sparse_mode: from the lower right corner; a mask for every pair
+
+
+def rms_norm_fwd(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return npu.npu_rms_norm(x, gain, eps)
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dgain = npu.npu_rms_norm_backward(dy, x, gain, rstd)  # dgain in float32
+    return dx, dgain.to(gain.dtype)
+
+
+def add_rms_norm_fwd(x: Tensor, residual: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd, total = npu.npu_add_rms_norm(x, residual, gain, eps)
+    return total, y, rstd
+
+
+def add_rms_norm_bwd(dtotal: Tensor, dy: Tensor, total: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    d, dgain = rms_norm_bwd(dy, total, gain, rstd)
+    return dtotal + d, dgain
+
+
+def qk_norm_rotary_fwd(
+    x: Tensor, gain: Tensor, bias: Tensor, angles: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
+    cos, sin = _both_halves(angles, x.dtype)
+    return npu.npu_rotary_mul(normed.to(x.dtype) * gain + bias, cos, sin), mean, rstd
+
+
+def qk_norm_rotary_bwd(
+    dy: Tensor, x: Tensor, gain: Tensor, angles: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    cos, sin = _both_halves(angles, x.dtype)
+    d = wide(npu.npu_rotary_mul(dy, cos, -sin))  # turned back
+    dx = torch.ops.aten.native_layer_norm_backward(
+        d * wide(gain), wide(x), x.shape[-1:], mean, rstd, None, None, [True, False, False]
+    )[0]
+    normed = wide(((wide(x) - mean) * rstd).to(x.dtype))
+    of_gain = lambda g: g.sum([0, 1, 2])[None].to(gain.dtype)
+    return dx.to(x.dtype), of_gain(d * normed), of_gain(d)
+
+
+def _both_halves(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as npu_rotary_mul takes them: [1 or B, T, 1, K], a half for each channel of a pair."""
+    angles = angles.to(dtype)[..., None, :]
+    angles = angles if angles.ndim == 5 else angles[None]
+    return tuple(torch.cat([a, a], -1) for a in (angles[:, :, 0], angles[:, :, 1]))
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    return npu.npu_swiglu(torch.cat([gate, up], -1))
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = npu.npu_swiglu_backward(dy, torch.cat([gate, up], -1)).chunk(2, -1)
+    return dgate.contiguous(), dup.contiguous()
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _attention_fwd(q, k, v, _causal(q.device), CAUSAL_MODE)
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_bwd(dout, q, k, v, out, lse, _causal(q.device), CAUSAL_MODE)
+
+
+def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    return _attention_fwd(q, k, v, _outside(first), WHOLE_MASK_MODE)
+
+
+def packed_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_bwd(dout, q, k, v, out, lse, _outside(first), WHOLE_MASK_MODE)
+
+
+def _causal(device: torch.device) -> Tensor:
+    """Which keys are hidden from which queries, as all of Ascend's masks say it: True is masked out."""
+    at = torch.arange(CAUSAL, device=device)
+    return at > at[:, None]
+
+
+def _outside(first: Tensor) -> Tensor:
+    """[B 1 T T]: hidden are later keys, and those of other documents. TND's lengths would skip them, but are no part of a GE graph."""
+    at = torch.arange(first.shape[1], device=first.device)
+    return ((at > at[:, None]) | (at < first[..., None]))[:, None]
+
+
+def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    B, T, H, K = q.shape
+    flat = (t.flatten(2) for t in (q, k, v))
+    out, top, total, *_ = npu.npu_fusion_attention(
+        *flat, H, "BSH", atten_mask=mask, scale=K**-0.5, sparse_mode=mode
+    )  # fmt: skip
+    # The largest score of a row and its sum of exponentials, [B H T 8] with all eight alike.
+    lse = (top + total.log())[..., 0].transpose(1, 2).contiguous()
+    return out.view(B, T, H, K), lse
+
+
+def _attention_bwd(dout, q, k, v, out, lse, mask: Tensor, mode: int) -> tuple[Tensor, Tensor, Tensor]:
+    H, K = q.shape[2:]
+    # exp(score - lse) is a probability already: lse as the largest score, and a sum of 1.
+    top = lse.transpose(1, 2)[..., None].expand(-1, -1, -1, 8).contiguous()
+    flat = (t.flatten(2) for t in (q, k, v, dout))
+    grads = npu.npu_fusion_attention_grad(
+        *flat, H, "BSH", atten_mask=mask, softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out.flatten(2),
+        scale_value=K**-0.5, sparse_mode=mode,
+    )  # fmt: skip
+    return tuple(g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=False))
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    heads_first = (t.transpose(1, 2) for t in (q, keys, values))
+    out, _ = npu.npu_fused_infer_attention_score(
+        *heads_first, atten_mask=~seen[:, None], num_heads=q.shape[2], num_key_value_heads=keys.shape[2],
+        scale=q.shape[3] ** -0.5, input_layout="BNSD",
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
+
+
+def write_cache(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
+    return npu.npu_scatter_nd_update(cache, _slots(positions), new)
+
+
+def write_cache_(cache: Tensor, positions: Tensor, new: Tensor) -> None:
+    npu.npu_scatter_nd_update_(cache, _slots(positions), new)
+
+
+def _slots(positions: Tensor) -> Tensor:
+    """[B T 2]: row and slot of each new entry."""
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None].expand_as(positions)
+    return torch.stack([rows, positions], -1)
+
+
+CHUNK = 1024  # rows of logits held at once: 0.7 GB of float32 at V = 171385
+
+
+def linear_cross_entropy_pass(
+    x: Tensor, weight: Tensor, target: Tensor, count: Tensor, z_weight: float, masked: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference's, without writing in place. npu_cross_entropy_loss is not used: it holds [N V] and has no GE converter."""
+    ce = z = torch.zeros((), dtype=torch.float32, device=x.device)
+    dx, dweight = [], torch.zeros_like(weight, dtype=torch.float32)
+    hidden = torch.zeros(len(weight), device=x.device)
+    if masked:
+        hidden = hidden.scatter(0, torch.tensor(masked, device=x.device), 1.0)
+    for xs, targets in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
+        kept, column = targets >= 0, targets.clamp(min=0)[:, None]
+        logits = (xs @ weight.t()).float()
+        if masked:
+            logits = torch.where(hidden > 0, torch.finfo(torch.float32).min, logits)
+        hit, lse = logits.gather(1, column)[:, 0], torch.logsumexp(logits, 1)
+        ce = ce + torch.where(kept, lse - hit, 0).sum()
+        z = z + torch.where(kept, lse * lse, 0).sum()
+        r = 1 + 2 * z_weight * lse
+        p = torch.softmax(logits, 1).scatter_add(1, column, -1 / r[:, None]).to(x.dtype)
+        r = (torch.where(kept, r, 0) / count)[:, None]
+        dx.append((r * (p @ weight)).to(x.dtype))
+        dweight = dweight + p.t() @ (r * xs).to(p.dtype)
+    return ce / count, z / count, torch.cat(dx), dweight.to(weight.dtype)
+
+
+def adamw(
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], *rest: Any
+) -> tuple[list[Tensor], ...]:
+    """Elementwise. npu_apply_adam_w takes lr and the powers of b1 and b2 as numbers of the host, which would wait for the device."""
+    new = [adamw_of_leaf(*leaf, *rest) for leaf in zip(params, grads, mu, nu, strict=True)]
+    return tuple(map(list, zip(*new, strict=True)))
+
+
+def adamw_(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], *rest: Any) -> None:
+    for p, g, m, v in zip(params, grads, mu, nu, strict=True):
+        for old, new in zip((p, m, v), adamw_of_leaf(p, g, m, v, *rest), strict=True):
+            old.copy_(new)

@@ -1,0 +1,35 @@
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels import ascend, reference
+from ops.define import define
+
+
+def _written(cache, positions, new):
+    cache = cache.clone()
+    reference.write_cache_(cache, positions, new)
+    return cache
+
+
+write_cache_op = define(
+    "write_cache(Tensor cache, Tensor positions, Tensor new) -> Tensor",
+    fake=lambda cache, positions, new: cache.clone(),
+    default=_written,
+    PrivateUse1=ascend.write_cache,
+)
+write_cache_inplace_op = define(
+    "write_cache_(Tensor(a!) cache, Tensor positions, Tensor new) -> ()",
+    fake=lambda cache, positions, new: None,
+    default=reference.write_cache_,
+    PrivateUse1=ascend.write_cache_,
+)
+
+
+def write_cache(
+    cache: Float[Tensor, "B S G K"], positions: Int[Tensor, "B T"], new: Float[Tensor, "B T G K"], *, donate: bool
+) -> Float[Tensor, "B S G K"]:
+    """The cache with new keys (or values) in each row's slots `positions`; with donate=True the given one is written over."""
+    if donate:
+        write_cache_inplace_op(cache, positions, new)
+        return cache
+    return write_cache_op(cache, positions, new)
