@@ -19,19 +19,27 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "B T"]  # IGNORE where a token is not predicted
 
 
+class Packed(NamedTuple):
+    """A batch whose rows hold several documents; labels of a document's first token are IGNORE."""
+
+    tokens: Int[Tensor, "B T"]  # or [A B T]
+    labels: Int[Tensor, "B T"]
+    first: Int[Tensor, "B T"]  # for each position, the one where its document starts
+
+
 def predicted(labels: Tensor, cfg: ModelConfig) -> Int[Tensor, ""]:
     """How many tokens a batch predicts."""
     return (labels[..., 1 : cfg.max_positions] != IGNORE).sum()
 
 
 def loss(
-    params: Params, batch: Batch, cfg: ModelConfig, *, z_weight: float = 1e-5, count: Tensor | int | None = None,
+    params: Params, batch: Batch | Packed, cfg: ModelConfig, *, z_weight: float = 1e-5, count: Tensor | int | None = None,
     gather=lambda unit: unit, remat=lambda f: f,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Next-token cross-entropy + z_weight * z-loss, and both; sums over predicted tokens / count (None: this batch's own)."""
-    tokens, labels = batch
+    tokens, labels, *first = batch
     count = predicted(labels, cfg).clamp(min=1) if count is None else torch.as_tensor(count, device=labels.device)
-    x = trunk(params, tokens, cfg, gather=gather, remat=remat)
+    x = trunk(params, tokens, cfg, *first, gather=gather, remat=remat)
     head = gather(params.head)
     total, ce, z = ops.linear_cross_entropy(
         _normed(head.norm, x, cfg), head.unembed, _targets(labels, x), count, z_weight=z_weight, masked=cfg.masked_ids

@@ -64,11 +64,16 @@ def causal(q: Tensor, k: Tensor, v: Tensor, cache: None) -> tuple[Tensor, None]:
     return ops.attention(q, k, v), cache
 
 
-def rope(positions: Int[Tensor, " T"], cfg: ModelConfig) -> Float[Tensor, "T 2 half"]:
+def packed(first: Int[Tensor, "B T"]) -> Attend:
+    """Attention within the documents of each row, which start at the positions `first`."""
+    return lambda q, k, v, cache: (ops.packed_attention(q, k, v, first), cache)
+
+
+def rope(positions: Int[Tensor, "*B T"], cfg: ModelConfig) -> Float[Tensor, "*B T 2 half"]:
     """Cosines and sines of the angles at these positions, float32."""
     channel = torch.arange(0, cfg.head_width, 2, device=positions.device, dtype=torch.float32)
-    angle = torch.outer(positions.float(), 1.0 / cfg.rope_theta ** (channel / cfg.head_width))
-    return torch.stack([angle.cos(), angle.sin()], 1)
+    angle = positions.float()[..., None] * (1.0 / cfg.rope_theta ** (channel / cfg.head_width))
+    return torch.stack([angle.cos(), angle.sin()], -2)
 
 
 def attention(
@@ -104,16 +109,33 @@ def block(
 
 
 def trunk(
-    params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
-) -> Float[Tensor, "B _ D"]:
-    """The residual stream after the last block, before the final norm; tokens beyond cfg.max_positions are cut."""
-    tokens = tokens[:, : cfg.max_positions]
+    params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *first: Int[Tensor, "B T"],
+    gather=lambda unit: unit, remat=lambda f: f,
+) -> Float[Tensor, "B _ D"]:  # fmt: skip
+    """The residual stream after the last block, before the final norm; tokens beyond cfg.max_positions are cut.
+
+    `first`, for rows that hold several documents: for each position, the one where its document starts.
+    """
+    tokens, *first = (x[:, : cfg.max_positions] for x in (tokens, *first))
     x = F.embedding(tokens, gather(params.embed))
-    angles = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg)
-    layer = remat(lambda p, x, angles: block(gather(p), x, angles, cfg)[0])
+    layer = remat(lambda p, x, *where: along(gather(p), x, cfg, *where))
+    where = (angles_of(tokens, cfg, *first), *first)
     for p in params.blocks:
-        x = layer(p, x, angles)
+        x = layer(p, x, *where)
     return x
+
+
+def angles_of(tokens: Int[Tensor, "B T"], cfg: ModelConfig, *first: Int[Tensor, "B T"]) -> Float[Tensor, "*B T 2 half"]:
+    """rope of each token's position in its row, or in its document."""
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return rope(at - first[0] if first else at, cfg)
+
+
+def along(
+    p: Block, x: Float[Tensor, "B T D"], cfg: ModelConfig, angles: Tensor, *first: Tensor
+) -> Float[Tensor, "B T D"]:
+    """A block over whole rows, each one document or several."""
+    return block(p, x, angles, cfg, packed(*first) if first else causal)[0]
 
 
 def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tensor, "B T V"]:

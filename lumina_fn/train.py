@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
-from lumina_fn.loss import Batch, loss, predicted
+from lumina_fn.loss import Batch, Packed, loss, predicted
 from lumina_fn.model import Params, over_units
 from lumina_fn.noise import noise_and_signal, piece, square
 from lumina_fn.optim import AdamW
@@ -19,7 +19,7 @@ from lumina_fn.transform import inductor, jit
 from lumina_fn.walk import block_pair, seams, walk
 from ops import collectives
 
-__all__ = ["AdamW", "Batch", "TrainState", "init_state", "loss", "make_train_step"]
+__all__ = ["AdamW", "Batch", "Packed", "TrainState", "init_state", "loss", "make_train_step", "make_update"]
 
 
 class TrainState(NamedTuple):
@@ -44,7 +44,7 @@ def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainSta
 def make_train_step(
     cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
     compile: str = "off", remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
+) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
     """step(state, batch) -> (state, metrics): forward, backward, global-norm clip, AdamW.
 
     A batch is [B T], or [A B T] for A micro batches whose gradients add up to those of the one big batch. Parameters are
@@ -60,13 +60,28 @@ def make_train_step(
 
     A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
     """
+    update = make_update(
+        cfg, opt, mesh, z_weight=z_weight, dtype=dtype, compile=compile == "blocks", remat=remat, donate=donate, sync=sync,
+        noise=noise,
+    )  # fmt: skip
+    run = jit(update, inductor) if compile == "step" else update
+    # The rate stays outside of the trace: it may be any Python function of the step.
+    wide = lambda state: torch.promote_types(_leaf(state.params).dtype, torch.float32)
+    return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
+
+
+def make_update(
+    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
+    compile: bool = False, remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
+) -> Callable[[TrainState, Batch | Packed, Tensor], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
+    """update(state, batch, lr) -> (state, metrics): make_train_step's step as a function of tensors alone, which can be exported."""
     seam = seams(mesh, dtype)
-    keep_inputs = remat or (seam.regathers and compile != "blocks")
-    pair = block_pair(cfg, compiled=compile == "blocks", keep_inputs=keep_inputs)
+    keep_inputs = remat or (seam.regathers and not compile)
+    pair = lambda packed: block_pair(cfg, compiled=compile, keep_inputs=keep_inputs, packed=packed)
     world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
     whole = lambda grads, unit: pytree.tree_map(lambda g: g.to(_leaf(unit).dtype), grads)
 
-    def gradients(params: Params, micro: list[Batch], count: Tensor) -> tuple[Params, Tensor]:
+    def gradients(params: Params, micro: list[Batch | Packed], count: Tensor) -> tuple[Params, Tensor]:
         """This rank's part of the gradients' sum over all micro batches of all ranks; [loss, ce, z] of its own, and what `noise` asks for."""
         grads, terms = None, 0.0
         for batch in micro:
@@ -78,13 +93,13 @@ def make_train_step(
                 return seam.scatter(whole_grads, unit) if sync else whole(whole_grads, unit)
 
             grads, more = walk(
-                cfg, seam, pair, params, batch, count, z_weight=z_weight, scatter=scatter, before=grads
+                cfg, seam, pair(isinstance(batch, Packed)), params, batch, count, z_weight=z_weight, scatter=scatter, before=grads
             )  # fmt: skip
             terms = terms + (torch.cat([more, piece(squares, predicted(batch.labels, cfg) / count)]) if noise else more)
         return grads if sync else over_units(seam.scatter, grads, params), terms
 
-    def update(state: TrainState, batch: Batch, lr: Tensor):
-        micro = [Batch(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [Batch(*batch)]
+    def update(state: TrainState, batch: Batch | Packed, lr: Tensor):
+        micro = [type(batch)(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [batch]
         count = collectives.all_reduce(predicted(batch.labels, cfg), world).clamp(min=1)
         grads, terms = gradients(state.params, micro, count)
         total, ce, z, *pieces = collectives.all_reduce(terms, world)
@@ -102,10 +117,7 @@ def make_train_step(
             metrics["noise"], metrics["signal"] = noise_and_signal(*pieces, norm.square())
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
-    run = jit(update, inductor) if compile == "step" else update
-    # The rate stays outside of the trace: it may be any Python function of the step.
-    wide = lambda state: torch.promote_types(_leaf(state.params).dtype, torch.float32)
-    return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
+    return update
 
 
 def _leaf(tree) -> Tensor:

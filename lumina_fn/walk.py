@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lumina_fn import sharding
 from lumina_fn.config import ModelConfig
-from lumina_fn.loss import Batch, head_gradients
-from lumina_fn.model import Params, block, init, rope
+from lumina_fn.loss import Batch, Packed, head_gradients
+from lumina_fn.model import Params, along, angles_of, init
 from lumina_fn.sharding import Mesh
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
 
@@ -45,30 +45,32 @@ def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
 
 
 @lru_cache(maxsize=4)  # two steps of one model share what is compiled
-def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool) -> Pair:
-    """One block as a function of (x, angles, *leaves), and its backward."""
-    spec = _block_spec(cfg)
-    layer = lambda x, angles, *leaves: block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
-    return (compiled_pair if compiled else eager_pair)(layer, fixed=(1,), keep_inputs=keep_inputs)
+def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool, packed: bool = False) -> Pair:
+    """One block as a function of (x, angles, *leaves), or (x, angles, first, *leaves) for packed rows, and its backward."""
+    spec, fixed = _block_spec(cfg), (1, 2) if packed else (1,)
+    n = len(fixed)
+    layer = lambda x, *rest: along(pytree.tree_unflatten(rest[n:], spec), x, cfg, *rest[:n])
+    return (compiled_pair if compiled else eager_pair)(layer, fixed=fixed, keep_inputs=keep_inputs)
 
 
 def walk(
-    cfg: ModelConfig, seam: Seams, pair: Pair, params: Params, batch: Batch, count: Tensor, *,
+    cfg: ModelConfig, seam: Seams, pair: Pair, params: Params, batch: Batch | Packed, count: Tensor, *,
     z_weight: float, scatter: Callable, before: Params | None,
 ) -> tuple[Params, Tensor]:  # fmt: skip
     """Gradients of a batch [B T]'s loss over `count`, as units that `scatter` makes, and [loss, ce, z].
 
     They are added to `before`, the gradients of earlier batches, in place.
     """
-    tokens, labels, blocks = batch.tokens[:, : cfg.max_positions], batch.labels, params.blocks
-    angles, spec = rope(torch.arange(tokens.shape[1], device=tokens.device), cfg), _block_spec(cfg)
+    tokens, *first = (x[:, : cfg.max_positions] for x in (batch.tokens, *batch[2:]))
+    where, spec = (angles_of(tokens, cfg, *first), *first), _block_spec(cfg)
+    labels, blocks = batch.labels, params.blocks
     wholes = seam.forward([params.embed, *blocks, params.head])
 
     x = F.embedding(tokens, next(wholes))
     kept: list[Any] = []
     for _ in blocks:
         leaves = pytree.tree_leaves(next(wholes))
-        y, residuals = pair.forward(x, angles, *leaves)
+        y, residuals = pair.forward(x, *where, *leaves)
         kept.append((x, residuals, None if seam.regathers else leaves))
         x = y
         del leaves  # before the next unit is gathered
@@ -82,7 +84,7 @@ def walk(
     for i in reversed(range(len(blocks))):
         x, residuals, leaves = kept.pop()
         leaves = pytree.tree_leaves(next(again)) if again else leaves
-        dx, *grads = pair.backward(residuals, x, angles, *leaves, dx)
+        dx, *grads = pair.backward(residuals, x, *where, *leaves, dx)
         del x, residuals, leaves
         d_blocks.append(done(pytree.tree_unflatten(grads, spec), blocks[i], before and before.blocks[i]))
         del grads
