@@ -90,7 +90,12 @@ class Sharded:
         self.part, self.layout = part, layout
 
 
-pytree.register_pytree_node(Sharded, lambda s: ([s.part], s.layout), lambda parts, layout: Sharded(*parts, layout))
+pytree.register_pytree_node(
+    Sharded,
+    lambda s: ([s.part], s.layout),
+    lambda parts, layout: Sharded(*parts, layout),
+    flatten_with_keys_fn=lambda s: ([(pytree.GetAttrKey("part"), s.part)], s.layout),
+)
 optree.register_pytree_node(
     Sharded, lambda s: ((s.part,), s.layout), lambda layout, parts: Sharded(*parts, layout), namespace="lumina"
 )

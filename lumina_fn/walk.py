@@ -6,7 +6,6 @@ forward and its backward is decided in one place.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,9 +17,12 @@ from torch.nn import functional as F
 from lumina_fn import sharding
 from lumina_fn.config import ModelConfig
 from lumina_fn.loss import Batch, Packed, head_gradients
-from lumina_fn.model import Params, along, angles_of, init
+from lumina_fn.model import Block, Norm, Params, along, angles_of
 from lumina_fn.sharding import Mesh
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
+
+
+BLOCK = pytree.tree_structure(Block(*[0] * 4, Norm(0, 0), Norm(0, 0), *[0] * 5))  # leaves stand for tensors
 
 
 class Seams(NamedTuple):
@@ -47,9 +49,9 @@ def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
 @lru_cache(maxsize=4)  # two steps of one model share what is compiled
 def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool, packed: bool = False) -> Pair:
     """One block as a function of (x, angles, *leaves), or (x, angles, first, *leaves) for packed rows, and its backward."""
-    spec, fixed = _block_spec(cfg), (1, 2) if packed else (1,)
+    fixed = (1, 2) if packed else (1,)
     n = len(fixed)
-    layer = lambda x, *rest: along(pytree.tree_unflatten(rest[n:], spec), x, cfg, *rest[:n])
+    layer = lambda x, *rest: along(pytree.tree_unflatten(rest[n:], BLOCK), x, cfg, *rest[:n])
     return (compiled_pair if compiled else eager_pair)(layer, fixed=fixed, keep_inputs=keep_inputs)
 
 
@@ -62,7 +64,7 @@ def walk(
     They are added to `before`, the gradients of earlier batches, in place.
     """
     tokens, *first = (x[:, : cfg.max_positions] for x in (batch.tokens, *batch[2:]))
-    where, spec = (angles_of(tokens, cfg, *first), *first), _block_spec(cfg)
+    where = (angles_of(tokens, cfg, *first), *first)
     labels, blocks = batch.labels, params.blocks
     wholes = seam.forward([params.embed, *blocks, params.head])
 
@@ -86,7 +88,7 @@ def walk(
         leaves = pytree.tree_leaves(next(again)) if again else leaves
         dx, *grads = pair.backward(residuals, x, *where, *leaves, dx)
         del x, residuals, leaves
-        d_blocks.append(done(pytree.tree_unflatten(grads, spec), blocks[i], before and before.blocks[i]))
+        d_blocks.append(done(pytree.tree_unflatten(grads, BLOCK), blocks[i], before and before.blocks[i]))
         del grads
     # A looked-up row's gradient needs no table: the embedding is not gathered again.
     d_table = torch.ops.aten.embedding_dense_backward(dx, tokens, cfg.vocab, -1, False)
@@ -98,5 +100,3 @@ def _plus(grads: Any, before: Any | None) -> Any:
     return grads if before is None else pytree.tree_map(lambda old, new: old.add_(new), before, grads)
 
 
-def _block_spec(cfg: ModelConfig) -> pytree.TreeSpec:
-    return pytree.tree_structure(init(replace(cfg, layers=1), device="meta").blocks[0])
