@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ops
 from lumina_fn.config import ModelConfig
-from lumina_fn.model import KV, Attend, Params, block, rope
+from lumina_fn.model import KV, Attend, Params, block, rope, unembed
 
 Cache = tuple[KV, ...]  # one per layer; keys and values, each [B S G K]
 
@@ -34,7 +34,7 @@ def prefill(
     lengths = [len(prompt) for prompt in prompts]
     ends = list(accumulate(lengths))
     positions = torch.cat([torch.arange(n, device=params.embed.device) for n in lengths])
-    x = _blocks(params, torch.cat(list(prompts)), positions, cfg, _apart(lengths), cache)
+    x, _ = _blocks(params, torch.cat(list(prompts)), positions, cfg, _apart(lengths), cache)
     return x[torch.tensor(ends, device=x.device) - 1, None]
 
 
@@ -44,17 +44,31 @@ def extend(
     """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them."""
     B, T = tokens.shape
     positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-    attend = _over_cache(positions, max(lengths) + T)
-    return _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache).view(B, T, -1)[:, -1:]
+    attend = _over_cache(positions, max(lengths) + T, donate=True)
+    x, _ = _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache)
+    return x.view(B, T, -1)[:, -1:]
+
+
+def step(
+    params: Params, tokens: Int[Tensor, " B"], lengths: Int[Tensor, " B"], cache: Cache, cfg: ModelConfig
+) -> tuple[Float[Tensor, "B V"], Cache]:
+    """Logits after one more token in each row, which holds `lengths` already, and the new cache: a function of tensors, to export.
+
+    All slots are read, whatever the lengths: a shorter cache is a faster step.
+    """
+    attend = _over_cache(lengths[:, None], cache[0][0].shape[1], donate=False)
+    x, cache = _blocks(params, tokens, lengths, cfg, attend, cache)
+    return unembed(params.head, x[:, None], cfg)[:, 0], cache
 
 
 def _blocks(
     params: Params, tokens: Tensor, positions: Tensor, cfg: ModelConfig, attend: Attend, cache: Cache
-) -> Tensor:
-    x, angles = F.embedding(tokens, params.embed)[None], rope(positions, cfg)
+) -> tuple[Float[Tensor, "N D"], Cache]:
+    x, angles, new = F.embedding(tokens, params.embed)[None], rope(positions, cfg), []
     for p, kv in zip(params.blocks, cache, strict=True):
-        x, _ = block(p, x, angles, cfg, attend, kv)
-    return x[0]
+        x, kv = block(p, x, angles, cfg, attend, kv)
+        new.append(kv)
+    return x[0], tuple(new)
 
 
 def _apart(lengths: list[int]) -> Attend:
@@ -70,7 +84,7 @@ def _apart(lengths: list[int]) -> Attend:
     return attend
 
 
-def _over_cache(positions: Int[Tensor, "B T"], slots: int) -> Attend:
+def _over_cache(positions: Int[Tensor, "B T"], slots: int, *, donate: bool) -> Attend:
     """Each row's T tokens see that row's slots up to their own; the first `slots` slots are read."""
     B, T = positions.shape
     seen = torch.arange(slots, device=positions.device) <= positions[..., None]
@@ -78,7 +92,7 @@ def _over_cache(positions: Int[Tensor, "B T"], slots: int) -> Attend:
 
     def attend(q, k, v, cache):
         cache = tuple(
-            ops.write_cache(kept, positions, rows(new), donate=True) for kept, new in zip(cache, (k, v), strict=True)
+            ops.write_cache(kept, positions, rows(new), donate=donate) for kept, new in zip(cache, (k, v), strict=True)
         )
         keys, values = (kept[:, :slots] for kept in cache)
         return ops.cached_attention(rows(q), keys, values, seen).view(q.shape), cache
