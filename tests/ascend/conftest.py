@@ -9,4 +9,5 @@ collect_ignore = ladder.elsewhere()
 
 def pytest_configure(config: pytest.Config) -> None:
     """The plugin, also for a pytest that was started without it."""
-    config.pluginmanager.import_plugin(ladder.__name__)
+    if not config.pluginmanager.has_plugin(ladder.__name__):
+        config.pluginmanager.register(ladder, ladder.__name__)
