@@ -2,9 +2,11 @@
 
 import pytest
 
-from tests.ascend import ladder
+from tests.ascend import ladder, torchair_stub
 
 collect_ignore = ladder.elsewhere()
+if ladder.here() == ".venv-npu":
+    torchair_stub.install()  # before a test file imports kernels.ascend_graph
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,63 @@
+"""From an exported program to the graph that Ascend's graph engine (GE) compiles; the only file that imports torch_npu.
+
+Conversion is torchair's, of the torch_npu wheel that tests/ascend/overlay.py pins, with its faults put right: each of them has
+a test in tests/ascend/test_wheel_bugs.py that fails once the wheel needs no help.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_npu  # noqa: F401  (it puts the torchair that it carries where the imports below find it)
+from torch.export import ExportedProgram
+from torchair._ge_concrete_graph import ge_apis as ge
+from torchair._ge_concrete_graph.fx2ge_converter import get_or_auto_gen_converter, register_fx_node_ge_converter
+from torchair._ge_concrete_graph.ge_ir_pb2 import GraphDef
+from torchair.ge import ge_graph_ascend
+
+FUSION_ATTENTION_GRAD = torch.ops.npu.npu_fusion_attention_grad.default
+
+
+def to_ge(program: ExportedProgram) -> GraphDef:
+    """The GE graph of a program whose tensors are on device npu.
+
+    Raises ValueError naming every op that has no converter: torchair alone would leave a node of its name in the graph, and say
+    nothing until an NPU is asked to run it. Of an op whose converter only raises, torchair's own error names the first.
+    """
+    with overridden():
+        graph = ge_graph_ascend._optimize_and_convert(program).proto
+    if names := unconverted(graph):
+        raise ValueError(f"no GE converter for {', '.join(names)}: expected ops of kernels/vendored/ge_converters.txt")
+    return graph
+
+
+def op_counts(graph: GraphDef) -> Counter[str]:
+    """How many ops of each GE type the graph has."""
+    return Counter(op.type for op in graph.op)
+
+
+def unconverted(graph: GraphDef) -> list[str]:
+    """The types that are names of PyTorch's ops; GE's own have no dot."""
+    return sorted({op.type for op in graph.op if "." in op.type})
+
+
+@contextmanager
+def overridden() -> Iterator[None]:
+    """The converters below in place of the wheel's."""
+    wheels = get_or_auto_gen_converter(FUSION_ATTENTION_GRAD)
+
+    def fusion_attention_grad(
+        *args: Any, sink: None = None, softmax_layout: str = "", meta_outputs: Any = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """The wheel's, which knows neither the two newest arguments nor the fifth output, the gradient of `sink`."""
+        if sink is not None or softmax_layout:
+            raise NotImplementedError("npu_fusion_attention_grad with sink or softmax_layout has no GE converter")
+        return *wheels(*args, **kwargs), ge.Const(0.0)
+
+    register_fx_node_ge_converter(FUSION_ATTENTION_GRAD)(fusion_attention_grad)
+    try:
+        yield
+    finally:
+        register_fx_node_ge_converter(FUSION_ATTENTION_GRAD)(wheels)

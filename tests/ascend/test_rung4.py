@@ -1,0 +1,142 @@
+"""Rung 4: what is traced for device npu converts to a graph of Ascend's graph engine (GE)."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_attention
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kernels import ascend_graph
+from kernels.vendored import generate
+
+# torchair copies trees in a way that torch wants no more.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+npu = torch.ops.npu
+B, T, H, K, D, F, V, LAYERS = 2, 128, 2, 64, 128, 128, 100, 2
+DTYPE = torch.bfloat16
+FAKE = FakeTensorMode()
+
+
+def ge_of(function, *args):
+    """The program of a function of fake tensors on npu, and its GE graph."""
+    flat, spec = pytree.tree_flatten(args)
+    with FAKE:
+        traced = make_fx(lambda *some: function(*pytree.tree_unflatten(some, spec)))(*flat)
+
+    class Traced(torch.nn.Module):
+        def forward(self, *some):
+            return traced(*some)
+
+    program = torch.export.export(Traced(), tuple(flat), strict=False)
+    return program, ascend_graph.to_ge(program)
+
+
+def tensor(*shape, dtype=DTYPE):
+    with FAKE:
+        return torch.empty(shape, dtype=dtype, device="npu")
+
+
+def loss(params, tokens, cos, sin, mask, labels):
+    """A decoder of npu ops: what torch_npu differentiates by itself."""
+    h = embedding(tokens, params["embed"])
+    heads = lambda x: npu.npu_rotary_mul(x.view(B, T, H, K), cos, sin).flatten(2)
+    for layer in params["layers"]:
+        q, k, v = (npu.npu_rms_norm(h, layer["gain1"], 1e-5)[0] @ layer["qkv"]).chunk(3, -1)
+        attended = npu.npu_fusion_attention(
+            heads(q), heads(k), v, H, "BSH", atten_mask=mask, scale=K**-0.5, sparse_mode=3
+        )[0]  # fmt: skip
+        h = h + attended @ layer["out"]
+        h = h + npu.npu_swiglu(npu.npu_rms_norm(h, layer["gain2"], 1e-5)[0] @ layer["up"]) @ layer["down"]
+    return cross_entropy((h @ params["embed"].t()).float().flatten(0, 1), labels.flatten())
+
+
+def step(params, *batch):
+    grads, value = torch.func.grad_and_value(loss)(params, *batch)
+    return value, pytree.tree_map(lambda p, g: p - 1e-3 * g, params, grads)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    layer = lambda: {
+        "gain1": tensor(D), "qkv": tensor(D, 3 * D), "out": tensor(D, D),
+        "gain2": tensor(D), "up": tensor(D, 2 * F), "down": tensor(F, D),
+    }  # fmt: skip
+    params = {"embed": tensor(V, D), "layers": [layer() for _ in range(LAYERS)]}
+    ids, angles = (lambda: tensor(B, T, dtype=torch.int64)), (lambda: tensor(1, T, 1, K))
+    # No tensor is passed twice: tracing would take the two for one.
+    return ge_of(step, params, ids(), angles(), angles(), tensor(2048, 2048, dtype=torch.bool), ids())
+
+
+def test_every_fused_op_of_a_training_step_is_there_with_its_gradient(trained):
+    """Per layer one attention, one swiglu, two norms and two rotations, each with a gradient; no op that GE does not know."""
+    counts = ascend_graph.op_counts(trained[1])
+    per_layer = {"FlashAttentionScore": 1, "SwiGlu": 1, "RmsNorm": 2, "RotaryMul": 2}
+    wanted = {f"{op}{grad}": n * LAYERS for op, n in per_layer.items() for grad in ("", "Grad")}
+    assert {op: counts[op] for op in wanted} == wanted
+    assert not [op for op in counts if "." in op]
+
+
+def test_every_op_of_the_program_is_a_vendored_converter(trained):
+    program, _ = trained
+    listed = set((generate.HERE / "ge_converters.txt").read_text().splitlines())
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {op for op in called if "getitem" not in op} <= listed
+
+
+def test_conversion_leaves_the_wheels_converters_in_place(trained):
+    converter = ascend_graph.get_or_auto_gen_converter(ascend_graph.FUSION_ATTENTION_GRAD)
+    assert converter.__module__.startswith("torchair.")
+
+
+def test_an_op_without_a_converter_is_named():
+    """SDPA becomes torch_npu's newest attention, for which torchair silently leaves a node that no NPU can run."""
+    causal = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+    with pytest.raises(ValueError, match=r"no GE converter for npu\.npu_fusion_attention_v3\.default: expected"):
+        ge_of(causal, *(tensor(B, H, T, K) for _ in range(3)))
+
+
+def test_an_op_whose_converter_only_raises_is_named():
+    with pytest.raises(NotImplementedError, match=r"aten\.amax\.default ge_converter is not implemented"):
+        ge_of(lambda x: x.amax(0), tensor(4, 4))
+
+
+def test_decoding_against_a_cache():
+    def decode(cache, slots, new, q, hidden):
+        cache = npu.npu_scatter_nd_update(cache, slots, new)
+        keys = cache.transpose(1, 2)
+        return cache, npu.npu_fused_infer_attention_score(
+            q, keys, keys, atten_mask=hidden, num_heads=H, num_key_value_heads=H, scale=0.1, input_layout="BNSD"
+        )[0]  # fmt: skip
+
+    slots, hidden = tensor(B, 1, 2, dtype=torch.int64), tensor(B, 1, 1, T, dtype=torch.bool)
+    _, graph = ge_of(decode, tensor(B, T, H, K), slots, tensor(B, 1, H, K), tensor(B, H, 1, K), hidden)
+    counts = ascend_graph.op_counts(graph)
+    assert counts["FusedInferAttentionScore"] == counts["ScatterNdUpdate"] == 1
+
+
+@pytest.fixture
+def eight():
+    """This process as one of eight; nothing is sent."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*(_get_pg_default_device|Multiple backends).*:UserWarning")  # torchair asks so
+def test_collectives_become_hccls(eight):
+    def exchange(x):
+        whole = collectives.all_gather_single(x, 0, eight)
+        part = collectives.reduce_scatter_single(whole * 2, "sum", 0, eight)
+        return collectives.all_reduce(part, "sum", eight)
+
+    _, graph = ge_of(exchange, tensor(16, 8))
+    hccl = [op for op in graph.op if op.type.startswith("Hcom")]
+    assert Counter(op.type for op in hccl) == {"HcomAllGather": 1, "HcomReduceScatter": 1, "HcomAllReduce": 1}
+    assert {op.attr["rank_size"].i for op in hccl if op.type != "HcomAllReduce"} == {8}
