@@ -10,8 +10,8 @@ from torch import Tensor
 
 # One program for each of the 910B2's 48 vector cores: more would queue, and each leaves a row of dgain to be summed.
 PROGRAMS = 48
-# The backward holds a row of x, dy, dtotal and gain, dgain's sum and what lies between in float32, loads doubled so that
-# they overlap arithmetic: 4096 channels take 0.83 of the unified buffer (1572864 bits a core), 8192 overflow it.
+# A tile is a row. 4096 channels fill at most 0.92 of the unified buffer (1572864 bits a core) with loads doubled to overlap
+# arithmetic; 8192 fit without doubling, 16384 do not fit.
 
 
 @triton.jit
