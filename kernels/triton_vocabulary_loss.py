@@ -46,7 +46,8 @@ def _loss(logits, target, masked, lse, hit, z_weight, rows, V, TILE: tl.constexp
         tl.store(hit + row, found)
         for start in range(0, V, TILE):
             column = start + tl.arange(0, TILE)
-            p = tl.exp(_logits(logits, masked, row, column, V, MASKED) - row_lse)
+            # Not exp(tile - row_lse): the log-sum-exp's own rounding would be an error of every p.
+            p = tl.exp(_logits(logits, masked, row, column, V, MASKED) - top) / total
             p = tl.where(column == wanted, p - step, p)
             tl.store(logits + row * V + column, p.to(logits.dtype.element_ty), mask=column < V)
 

@@ -12,12 +12,12 @@ PACKAGES = ("mlir-19-tools", "llvm-19", "libllvm19")
 COPY = Path(__file__).parent / "memref_copy.c"
 SECONDS = 300  # for any one tool: the slowest takes 10 on a busy machine
 
-PASSES = """
-convert-elementwise-to-linalg one-shot-bufferize=allow-return-allocs-from-loops=true convert-linalg-to-loops
-expand-strided-metadata lower-affine convert-scf-to-cf convert-cf-to-llvm arith-expand=include-bf16=true
-convert-math-to-llvm convert-math-to-libm convert-arith-to-llvm convert-index-to-llvm memref-expand
-finalize-memref-to-llvm convert-func-to-llvm lower-affine convert-arith-to-llvm reconcile-unrealized-casts
-""".split()
+PASSES = (
+    "convert-elementwise-to-linalg", "one-shot-bufferize=allow-return-allocs-from-loops=true", "convert-linalg-to-loops",
+    "expand-strided-metadata", "lower-affine", "convert-scf-to-cf", "convert-cf-to-llvm", "arith-expand=include-bf16=true",
+    "convert-math-to-llvm", "convert-math-to-libm", "convert-arith-to-llvm", "convert-index-to-llvm", "memref-expand",
+    "finalize-memref-to-llvm", "convert-func-to-llvm", "lower-affine", "convert-arith-to-llvm", "reconcile-unrealized-casts",
+)  # fmt: skip
 
 
 def fetch() -> None:
