@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast ascend-test soak lint bench npu-check
+.PHONY: setup demo test test-fast ascend-test ascend-kernels soak lint bench npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -26,7 +26,7 @@ demo: setup
 
 # Tensors of tests are tiny: a second thread costs more than it gives, a second process does not.
 # A file's tests stay in one process and in order: blocks of the README build on each other.
-test test-fast ascend-test: export OMP_NUM_THREADS := 1
+test test-fast ascend-test ascend-kernels: export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -q -n 2 --dist loadfile -p tests.ascend.ladder
 
 test: setup .venv-npu/installed
@@ -41,6 +41,9 @@ test-fast: setup .venv-npu/installed
 
 ascend-test: setup .venv-npu/installed
 	$$(test -e .venv-npu/installed && echo .venv-npu/bin/npu-python || echo $(BIN)/python) $(PYTEST) --rungs 3,4,5 tests/ascend
+
+ascend-kernels: setup .venv-triton/installed
+	$$(test -e .venv-triton/installed && echo .venv-triton/bin/python || echo $(BIN)/python) -m pytest -q -p tests.ascend.ladder --rungs 6 tests/ascend/test_rung6.py
 
 # A training run killed a hundred times; `make test` does ten.
 soak: export OMP_NUM_THREADS := 1

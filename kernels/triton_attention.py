@@ -14,7 +14,7 @@ from torch import Tensor
 PROGRAMS = 24
 # Of the 910B2's memories, with loads doubled and each vector core on half of the rows (triton-ascend's defaults), 64 x 64 tiles
 # of 128 channels fill at most 0.80 of a unified buffer (1572864 bits), 0.69 of L1 (4194304) and 0.75 of L0C (1048576).
-# 128 x 64 fit only without doubling, 128 x 128 do not fit.
+# 128 x 64 cost _bwd_kv its doubling, 128 x 128 do not fit.
 QUERIES = 64
 KEYS = 64
 
