@@ -191,3 +191,20 @@ def adamw_(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list
     for p, g, m, v in zip(params, grads, mu, nu, strict=True):
         for old, new in zip((p, m, v), adamw_of_leaf(p, g, m, v, *rest), strict=True):
             old.copy_(new)
+
+
+# Collectives as a graph has them; eager ones are torch.distributed's.
+def all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x, size, group))
+
+
+def reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
+    return _waited(torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", size, group))
+
+
+def all_reduce(x: Tensor, group: str, size: int) -> Tensor:
+    return _waited(torch.ops._c10d_functional.all_reduce(x, "sum", group))
+
+
+def _waited(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)

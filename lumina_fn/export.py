@@ -2,147 +2,167 @@
 
     python -m lumina_fn.export MODEL OUT --what forward|step|decode --target cpu|npu
 
-A program takes every tensor as an input, parameters too: it is small, is made from the sizes in MODEL's config.json in
-seconds, and serves any weights. OUT holds one .pt2 for each bucket of sizes and report.json, which names inputs, outputs and ops.
+OUT holds one .pt2 for each bucket of sizes, and report.json, which names inputs, outputs and ops. Of MODEL only the sizes in
+its config.json are read.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._ops import OpOverload
 
-import ops
-from lumina_fn import checkpoint, decode, errors, files, model, train
+from lumina_fn import checkpoint, errors, files
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
+from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step
 from lumina_fn.sharding import Mesh
 
-
-class Function(NamedTuple):
-    """What is exported: fn of `inputs`, a tree of fake tensors; axes that may have any size, by input name."""
-
-    fn: Callable[..., Any]
-    inputs: Any
-    dynamic: Mapping[str, Mapping[int, Dim]] = {}
+REPORT = "report.json"
 
 
-class ForwardInputs(NamedTuple):
-    tokens: Tensor
-    params: model.Params
+class Program(NamedTuple):
+    """A reloaded program."""
 
-
-class StepInputs(NamedTuple):
-    state: train.TrainState
-    batch: train.Batch | train.Packed
-    lr: Tensor
-
-
-class DecodeInputs(NamedTuple):
-    tokens: Tensor  # the newest of each row
-    lengths: Tensor  # how many each row holds before them
-    cache: decode.Cache
-    params: model.Params
-
-
-class Exported(NamedTuple):
-    program: ExportedProgram
+    run: Callable[..., Any]  # of all inputs' tensors, in order
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-
-def fake(device: torch.device | str, like: Any) -> Any:
-    """The tree's tensors as fake ones on `device`."""
-    with FakeTensorMode():
-        return pytree.tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), like)
+    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+        """Outputs by name, of a tree of inputs such as ForwardInputs, StepInputs or DecodeInputs."""
+        return dict(zip(self.outputs, self.run(*pytree.tree_leaves(inputs)), strict=True))
 
 
-def forward(cfg: ModelConfig, *, batch: int, dtype: torch.dtype) -> Function:
-    """Logits [B T V] of tokens [B T] of any length T."""
-    inputs = ForwardInputs(_ids(batch, 8), model.init(cfg, device="meta", dtype=dtype))
-    fn = lambda tokens, params: {"logits": model.forward(params, tokens, cfg)}
-    return Function(fn, inputs, {"tokens": {1: Dim("T", min=2, max=cfg.max_positions)}})
+def load(out: str | Path, file: str) -> Program:
+    """One of the programs of a folder that `python -m lumina_fn.export` wrote. torch.export.load trusts its file: so must you."""
+    (entry,) = (p for p in json.loads((Path(out) / REPORT).read_text())["programs"] if p["file"] == file)
+    program = torch.export.load(Path(out) / file)
+    return Program(program.module(), *(tuple(x["name"] for x in entry[key]) for key in ("inputs", "outputs")))
 
 
-def step(
-    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, batch: int, tokens: int, packed: bool = False, **options: Any
-) -> Function:  # fmt: skip
-    """One training step (train.make_update with these options) over rows [B T]; masters in float32."""
-    state = train.init_state(model.init(cfg, device="meta"), opt, mesh)
-    rows = [_ids(batch, tokens) for _ in range(3 if packed else 2)]
-    update = train.make_update(cfg, opt, mesh, **options)
-
-    def fn(state, batch, lr):
-        state, metrics = update(state, batch, lr)
-        return {"state": state, "metrics": metrics}
-
-    return Function(fn, StepInputs(state, (train.Packed if packed else train.Batch)(*rows), torch.empty((), device="meta")))
-
-
-def decoding(cfg: ModelConfig, *, batch: int, slots: int, dtype: torch.dtype) -> Function:
-    """Logits [B V] after one more token in each row of a cache of `slots`, and the new cache."""
-    params = model.init(cfg, device="meta", dtype=dtype)
-    cache = decode.empty_cache(params, cfg, batch, slots)
-    ids = [torch.empty(batch, dtype=torch.int64, device="meta") for _ in range(2)]
-
-    def fn(tokens, lengths, cache, params):
-        logits, cache = decode.step(params, tokens, lengths, cache, cfg)
-        return {"logits": logits, "cache": cache}
-
-    return Function(fn, DecodeInputs(*ids, cache, params))
+def save(exported: Exported, path: Path) -> dict[str, Any]:
+    """Write a program; what the report says of it."""
+    program = exported.program
+    program._example_inputs = None  # fake tensors cannot be written
+    torch.export.save(program, path)
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    spec = program.graph_signature
+    told = lambda names, nodes: [
+        {"name": name, "shape": [str(n) if isinstance(n, torch.SymInt) else n for n in values[node].shape], "dtype": str(values[node].dtype).removeprefix("torch.")}
+        for name, node in zip(names, nodes, strict=True)
+    ]  # fmt: skip
+    counts = Counter(str(node.target) for node in program.graph.nodes if isinstance(node.target, OpOverload))
+    return {
+        "file": path.name,
+        "parameters": sum(
+            values[node].numel()
+            for name, node in zip(exported.inputs, spec.user_inputs, strict=True)
+            if "params." in name
+        ),
+        "ops": dict(sorted(counts.items())),
+        "inputs": told(exported.inputs, spec.user_inputs),
+        "outputs": told(exported.outputs, spec.user_outputs),
+    }
 
 
-def _ids(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device="meta")
+TARGETS = {"cpu": (CPU, torch.float32), "npu": (NPU, torch.bfloat16)}  # and the dtype that is usual there
 
 
-def export(function: Function, target: "Target") -> Exported:
-    """The function as a program for a target; InputError where an op of it cannot run there.
-
-    make_fx comes first: torch.export alone would keep torch.func's wrappers, and torch.compile would drop custom backwards.
-    """
-    inputs = fake(target.device(), function.inputs)
-    paths, spec = pytree.tree_flatten_with_path(inputs)
-    names, leaves = tuple(_name(path) for path, _ in paths), [leaf for _, leaf in paths]
-    outputs: tuple[str, ...] = ()
-
-    def flat(*xs: Tensor) -> list[Tensor]:
-        nonlocal outputs
-        results, _ = pytree.tree_flatten_with_path(function.fn(*pytree.tree_unflatten(list(xs), spec)))
-        outputs = tuple(_name(path) for path, _ in results)
-        return [leaf for _, leaf in results]
-
-    with torch.no_grad():
-        if function.dynamic:
-            shapes = (tuple(function.dynamic.get(name) for name in names),)
-            program = torch.export.export(_Flat(flat), tuple(leaves), strict=False, dynamic_shapes=shapes)
-            program = program.run_decompositions(dict(target.kernels))
-        else:
-            graph = make_fx(flat, decomposition_table=target.kernels, tracing_mode="fake")(*leaves)
-            graph.graph.eliminate_dead_code()
-            program = torch.export.export(graph, tuple(leaves), strict=False)
-    return Exported(program, names, outputs)
+def functions(cfg: ModelConfig, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], Function]]:
+    """What is asked for, by file name: one for each bucket."""
+    tokens = args.tokens or [min(4096, cfg.max_positions)]
+    if args.what == "forward":
+        return {f"forward-b{b}.pt2": partial(forward, cfg, batch=b, dtype=dtype) for b in args.batch}
+    if args.what == "decode":
+        return {
+            f"decode-b{b}-s{t}.pt2": partial(decoding, cfg, batch=b, slots=t, dtype=dtype)
+            for b in args.batch
+            for t in tokens
+        }
+    opt = AdamW(decay=args.weight_decay, clip=args.clip)
+    mesh = Mesh("0", 0, args.devices, "meta", args.strategy, param_dtype=dtype) if args.devices > 1 else None
+    options = {"z_weight": args.z_weight, "dtype": dtype, "remat": args.remat, "packed": args.packed}
+    return {
+        f"step-b{b}-t{t}.pt2": partial(step, cfg, opt, mesh, batch=b, tokens=t, **options)
+        for b in args.batch
+        for t in tokens
+    }
 
 
-class _Flat(torch.nn.Module):
-    """A function of tensors as torch.export takes it."""
-
-    def __init__(self, fn: Callable[..., Any]):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *xs: Tensor) -> Any:
-        return self.fn(*xs)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
-def _name(path: Iterable[Any]) -> str:
-    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m lumina_fn.export", description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="a model's folder, of which config.json is read and no weights")
+    parser.add_argument("out", metavar="OUT", help="the new folder")
+    parser.add_argument(
+        "--what",
+        required=True,
+        choices=("forward", "step", "decode"),
+        help="logits of whole rows; a training step; one more token over a cache",
+    )
+    parser.add_argument("--target", required=True, choices=TARGETS, help="where it will run")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of compute (default: float32 for cpu, bfloat16 for npu)"
+    )
+    parser.add_argument(
+        "--batch", type=_size, nargs="+", default=[1], metavar="N", help="rows; a program for each (default: 1)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_size,
+        nargs="+",
+        metavar="N",
+        help="tokens of a row (step) or slots of a cache (decode); a program for each (default: 4096, or the model's own limit)",
+    )
+    parser.add_argument("--packed", action="store_true", help="step: rows hold several documents")
+    parser.add_argument("--remat", action="store_true", help="step: compute blocks again in the backward")
+    parser.add_argument("--devices", type=_size, default=1, metavar="N", help="step: ranks that share the state")
+    parser.add_argument("--strategy", choices=("fsdp", "sdp", "no"), default="fsdp", help="step: how they share it")
+    parser.add_argument("--weight-decay", type=float, default=AdamW().decay, help="step: AdamW's")
+    parser.add_argument("--clip", type=float, default=AdamW().clip, help="step: largest norm of the gradients")
+    parser.add_argument("--z-weight", type=float, default=1e-5, help="step: weight of the z-loss")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    return parser  # fmt: skip
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    cfg, (target, usual) = checkpoint.read_config(args.model), TARGETS[args.target]
+    if max(args.tokens or [1]) > cfg.max_positions:
+        raise InputError(f"--tokens {max(args.tokens)}: {args.model} has {cfg.max_positions} positions; give no more")
+    dtype = getattr(torch, args.dtype) if args.dtype else usual
+    files.place(args.out, [Path(args.model)])
+    with files.new_folder(args.out, args.overwrite) as folder:
+        told = []
+        for name, function in functions(cfg, args, dtype).items():
+            told.append(save(export(function(), target), folder / name))
+            total = sum(told[-1]["ops"].values())
+            print(
+                printable(f"{name}: {total} ops of {len(told[-1]['ops'])} kinds, {told[-1]['parameters']} parameters")
+            )
+        checkpoint.write_json(
+            folder / REPORT, {"what": args.what, "target": args.target, "torch": torch.__version__, "programs": told}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

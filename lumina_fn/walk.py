@@ -21,7 +21,6 @@ from lumina_fn.model import Block, Norm, Params, along, angles_of
 from lumina_fn.sharding import Mesh
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
 
-
 BLOCK = pytree.tree_structure(Block(*[0] * 4, Norm(0, 0), Norm(0, 0), *[0] * 5))  # leaves stand for tensors
 
 
@@ -98,5 +97,3 @@ def walk(
 
 def _plus(grads: Any, before: Any | None) -> Any:
     return grads if before is None else pytree.tree_map(lambda old, new: old.add_(new), before, grads)
-
-

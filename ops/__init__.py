@@ -1,16 +1,26 @@
 """What a model may call: kernels made differentiable, batchable by vmap, and traceable. Devices are chosen here, by PyTorch's dispatcher."""
 
-from kernels import reference
-from ops.adamw import adamw
-from ops.attention import attention, attention_bwd, attention_fwd, cached_attention, packed_attention
-from ops.cache import write_cache
+from kernels import ascend, reference
+from ops.adamw import adamw, adamw_op
+from ops.attention import (
+    attention,
+    attention_bwd,
+    attention_fwd,
+    cached_attention,
+    cached_attention_op,
+    packed_attention,
+    packed_attention_bwd,
+    packed_attention_fwd,
+)
+from ops.cache import write_cache, write_cache_op
+from ops.collectives import all_gather_op, all_reduce_op, reduce_scatter_op
 from ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_pass
 from ops.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_bwd, qk_norm_rotary_fwd
 from ops.rms_norm import add_rms_norm, add_rms_norm_bwd, add_rms_norm_fwd, rms_norm, rms_norm_bwd, rms_norm_fwd
 from ops.swiglu import swiglu, swiglu_bwd, swiglu_fwd
 
 __all__ = [
-    "REFERENCES", "adamw", "add_rms_norm", "attention", "cached_attention", "linear_cross_entropy",
+    "ASCEND", "REFERENCES", "adamw", "add_rms_norm", "attention", "cached_attention", "linear_cross_entropy",
     "linear_cross_entropy_pass", "packed_attention", "qk_norm_rotary", "rms_norm", "swiglu", "write_cache",
 ]  # fmt: skip
 
@@ -26,4 +36,27 @@ REFERENCES = {
     swiglu_bwd: reference.swiglu_bwd,
     attention_fwd: reference.attention_fwd,
     attention_bwd: reference.attention_bwd,
+}
+
+# Decompositions for Ascend's graph engine, which knows torch_npu's ops and not ours.
+ASCEND = {
+    rms_norm_fwd: ascend.rms_norm_fwd,
+    rms_norm_bwd: ascend.rms_norm_bwd,
+    add_rms_norm_fwd: ascend.add_rms_norm_fwd,
+    add_rms_norm_bwd: ascend.add_rms_norm_bwd,
+    qk_norm_rotary_fwd: ascend.qk_norm_rotary_fwd,
+    qk_norm_rotary_bwd: ascend.qk_norm_rotary_bwd,
+    swiglu_fwd: ascend.swiglu_fwd,
+    swiglu_bwd: ascend.swiglu_bwd,
+    attention_fwd: ascend.attention_fwd,
+    attention_bwd: ascend.attention_bwd,
+    packed_attention_fwd: ascend.packed_attention_fwd,
+    packed_attention_bwd: ascend.packed_attention_bwd,
+    cached_attention_op: ascend.cached_attention,
+    write_cache_op: ascend.write_cache,
+    linear_cross_entropy_pass: ascend.linear_cross_entropy_pass,
+    adamw_op: ascend.adamw,
+    all_gather_op: ascend.all_gather,
+    reduce_scatter_op: ascend.reduce_scatter,
+    all_reduce_op: ascend.all_reduce,
 }

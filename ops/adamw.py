@@ -19,7 +19,7 @@ def _batched(info, in_dims, *args):
     place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
     lists = [[place(x, d) for x, d in zip(xs, dims, strict=True)] for xs, dims in zip(lists, in_dims, strict=False)]
     if in_dims[4:8] == (None,) * 4:
-        return _adamw(*lists, *scalars, *hyper), ([0] * len(args[0]),) * 3
+        return adamw_op(*lists, *scalars, *hyper), ([0] * len(args[0]),) * 3
     scalars = [place(x, d)[:, None] for x, d in zip(scalars, in_dims[4:8], strict=True)]
     new = [
         [y.view(leaf[0].shape) for y in reference.adamw_of_leaf(*(x.flatten(1) for x in leaf), *scalars, *hyper)]
@@ -28,7 +28,7 @@ def _batched(info, in_dims, *args):
     return tuple(map(list, zip(*new, strict=True))), ([0] * len(args[0]),) * 3
 
 
-_adamw = define(
+adamw_op = define(
     f"adamw({_ARGS.format(p='', g='', m='', n='')}) -> (Tensor[], Tensor[], Tensor[])",
     fake=lambda params, grads, mu, nu, *rest: tuple(
         [torch.empty_like(x) for x in leaves] for leaves in (params, mu, nu)
@@ -60,4 +60,4 @@ def adamw(
     if donate:
         _adamw_(*args)
         return params, mu, nu
-    return _adamw(*args)
+    return adamw_op(*args)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import ops
 from kernels import reference
-from ops.adamw import _adamw
+from ops.adamw import adamw_op
 from ops.cross_entropy import linear_cross_entropy_pass
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -117,7 +117,7 @@ def test_fakes_tell_the_truth():
         torch.ops.lumina.attention_fwd.default: QKV,
         torch.ops.lumina.attention_bwd.default: (out, *QKV, out, lse),
         linear_cross_entropy_pass: (randn(5, 8), randn(11, 8), torch.arange(5), torch.tensor(5), 0.1, []),
-        _adamw: (*lists, *scalars),
+        adamw_op: (*lists, *scalars),
     }
     for op, args in cases.items():
         opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
