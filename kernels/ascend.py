@@ -193,6 +193,11 @@ def adamw_(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list
             old.copy_(new)
 
 
+def join(leaves: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    flat = torch.cat([leaf.reshape(-1).to(dtype) for leaf in leaves])
+    return torch.constant_pad_nd(flat, [0, size - flat.numel()]) if size > flat.numel() else flat
+
+
 # Collectives as a graph has them; eager ones are torch.distributed's.
 def all_gather(x: Tensor, group: str, size: int) -> Tensor:
     return _waited(torch.ops._c10d_functional.all_gather_into_tensor(x, size, group))

@@ -215,3 +215,13 @@ def adamw_(
         params, grads, mu, nu, [], [count.float() for _ in params],
         lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip.float(),
     )  # fmt: skip
+
+
+def join(leaves: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    """The leaves end to end in one vector, zeros behind them. torch.cat, a cast and a pad would each hold it once more."""
+    flat = leaves[0].new_empty(size, dtype=dtype)
+    *places, rest = flat.split([*(n := [leaf.numel() for leaf in leaves]), size - sum(n)])
+    for place, leaf in zip(places, leaves, strict=True):
+        place.copy_(leaf.reshape(-1))
+    rest.zero_()
+    return flat

@@ -160,7 +160,7 @@ def export(function: Function, target: Target) -> Exported:
             graph = make_fx(flat, decomposition_table=target.kernels, tracing_mode="fake")(*leaves)
             graph.graph.eliminate_dead_code()
             program = torch.export.export(graph, leaves, strict=False)
-    _check(program, target, lambda: flat(*leaves))
+    _check(program, target, lambda: flat(*leaves), leaves[0].fake_mode)
     return Exported(program, names, outputs)
 
 
@@ -172,12 +172,12 @@ def _drop_assertions(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _check(program: ExportedProgram, target: Target, again: Callable[[], Any]) -> None:
+def _check(program: ExportedProgram, target: Target, again: Callable[[], Any], mode: FakeTensorMode) -> None:
     used = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
     if target.ops is None or not (refused := {op for op in used if str(op) not in target.ops}):
         return
     places = _Places(refused, target.kernels)
-    with torch.no_grad(), places:
+    with torch.no_grad(), mode, places:
         again()
     each = "; ".join(
         f"{op} ({', '.join(sorted(places.found[op])) or 'place unknown'})" for op in sorted(refused, key=str)

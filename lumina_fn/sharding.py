@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from jaxtyping import Float
 from torch import Tensor
 
+import ops
 from ops import collectives
 from ops.collectives import Group
 
@@ -108,12 +109,7 @@ def flatten(tree: Any, parts: int, dtype: torch.dtype | None = None) -> tuple[Fl
     size, dtype = sum(leaf.numel() for leaf in leaves), dtype or leaves[0].dtype
     if len(leaves) == 1 and size % parts == 0 and leaves[0].dtype == dtype:
         return leaves[0].reshape(-1), layout
-    # Written into one buffer: torch.cat, a cast and a pad would each hold another whole unit for a moment.
-    flat = leaves[0].new_empty(size + -size % parts, dtype=dtype)
-    flat[size:].zero_()
-    for out, leaf in zip(flat[:size].split([leaf.numel() for leaf in leaves]), leaves, strict=True):
-        out.copy_(leaf.reshape(-1))
-    return flat, layout
+    return ops.join(leaves, size + -size % parts, dtype), layout
 
 
 def unflatten(flat: Float[Tensor, " n"], layout: Layout) -> Any:
