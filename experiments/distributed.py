@@ -91,10 +91,10 @@ class World:
         return self.launch is not None and self.launch.check([fact])
 
     def device(self, name: str) -> torch.device:
-        """The device of that kind which is this rank's own; `auto` is an accelerator if there is one, else the CPU."""
+        """The device of that kind which is this rank's own; `auto` is an NPU if there is one, else a GPU, else the CPU."""
         if self.size == 1:
             return settings.device(name)
-        kind = settings.device("auto").type if name == "auto" else name
+        kind = settings.kind(name) if name == "auto" else name
         if ":" in kind:
             raise InputError(
                 f"--device {name}: each of the {self.size} ranks takes a device of its own; expected a kind, such as cpu or npu"

@@ -23,6 +23,7 @@ from experiments import checks, distributed, resuming, run_folder, settings
 from experiments.distributed import ALONE, World
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
+from experiments.settings import EnvCheck
 from lumina_fn import batches, checkpoint, data, errors, files, model, optim, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
@@ -58,9 +59,10 @@ class Settings:
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
-    device: Annotated[str, "cpu, npu, cuda, or auto: an accelerator if there is one; each process takes its own"] = (
-        "auto"
-    )
+    device: Annotated[
+        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
+    ] = "auto"
+    env_check: EnvCheck = "error"
     strategy: Annotated[
         Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
         "of many processes. fsdp: parameters, gradients and optimizer in parts, gathered for each forward and backward; "
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = settings.parse(Settings, __doc__, argv)
     checks.flags(run)
-    device = world.device(run.device)
+    device = settings.checked_device(run, world.device, world.say)
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from experiments import settings
-from experiments.settings import POSITIONAL
+from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, dataset, errors, files, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError
@@ -44,7 +44,8 @@ class Settings:
     image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
     seed: Annotated[int, "of the choice which prompts say the picture's size"] = 0
     batch: Annotated[int, "pictures encoded at once"] = 8
-    device: Annotated[str, "cpu, npu, cuda, or auto: an accelerator if there is one"] = "auto"
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    env_check: EnvCheck = "error"
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = settings.parse(Settings, __doc__, argv)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, tokenizer)
+    device = settings.checked_device(run)
     rows = dataset.read_rows(run.data)
     files.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
     with files.new_folder(run.out, run.overwrite) as folder:
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
             )
         origin = data.Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
-        encode = encoder(vq_params, vq_cfg, settings.device(run.device))
+        encode = encoder(vq_params, vq_cfg, device)
         roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
         results = features(rows, lambda i, row: prepare(i, row, roots, tokenizer, run), encode, tokenizer, run.batch)
         rejected: list[Rejected] = []

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from experiments import settings
+from experiments.settings import EnvCheck
 from lumina_fn import checkpoint, errors, files, prompt, sample, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError
@@ -51,7 +52,8 @@ class Settings:
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of the model; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
-    device: Annotated[str, "cpu, npu, cuda, or auto: an accelerator if there is one"] = "auto"
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    env_check: EnvCheck = "error"
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, captions, tokenizer)
     files.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
-    device = settings.device(run.device)
+    device = settings.checked_device(run)
     dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
     with files.new_folder(run.out, run.overwrite) as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)

@@ -1,17 +1,28 @@
 """A run's settings, a frozen dataclass, as command-line flags: names, types, defaults and help all come from its fields."""
 
 import argparse
+import importlib.util
+import os
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from experiments import ascend_env
+from lumina_fn import errors
 from lumina_fn.errors import InputError
 
 S = TypeVar("S")
 POSITIONAL = object()  # `Annotated[Path, "help", POSITIONAL]`: named by its place, not by a flag
+DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is there
+EnvCheck = Annotated[
+    Literal["error", "warn"],
+    "on an NPU, what becomes of an environment variable that is out of its range (python -m experiments.ascend_env); "
+    "warn: for a newer CANN, which may take more",
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,14 +70,50 @@ def _values(hint: Any) -> dict[str, Any]:
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
+def kind(name: str) -> str:
+    """The kind of device that this name asks for; `auto`: the first of DEVICES that is available."""
+    if name != "auto":
+        return name.partition(":")[0]
+    # torch has a module for each kind that it can drive; torch.npu comes with torch_npu.
+    return next(found for found in DEVICES if hasattr(torch, found) and getattr(torch, found).is_available())
+
+
 def device(name: str) -> torch.device:
-    """The device of that name; `auto` is an accelerator if there is one, else the CPU. Raises InputError."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The device of that name; `auto` is an NPU if there is one, else a GPU, else the CPU. Raises InputError."""
     try:
-        found = torch.empty(0, device=name).device
+        found = torch.device(kind(name) if name == "auto" else name)
+        if found.type == "meta":
+            raise InputError(f"--device {name}: it holds no numbers; expected a device that computes")
+        count = torch.get_device_module(found).device_count()
+        if (found.index or 0) >= count:  # asking torch_npu for such a device may end the process
+            raise RuntimeError(f"torch finds {count}, numbered from 0" if count else "torch finds none")
+        return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here: {str(error).splitlines()[0]}") from error
-    if found.type == "meta":
-        raise InputError(f"--device {name}: it holds no numbers; expected a device that computes")
+        why = _npu_is_missing() if kind(name) == "npu" else None
+        raise InputError(f"--device {name}: not available here: {why or str(error).splitlines()[0]}") from error
+
+
+def _npu_is_missing() -> str | None:
+    """What to do so that torch finds an NPU."""
+    source = "source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh) in this shell"
+    if importlib.util.find_spec("torch_npu") is None:
+        return f"torch_npu is not installed: pip install -e '.[npu]', and {source}"
+    if not hasattr(torch, "npu"):
+        return f"torch_npu is installed, but torch did not load it: unset TORCH_DEVICE_BACKEND_AUTOLOAD, and {source}"
+    if not torch.npu.is_available():
+        return f"torch_npu finds no device: {source}, and see that `npu-smi info` lists one"
+    return None
+
+
+def checked_device(
+    run: Any, choose: Callable[[str], torch.device] = device, say: Callable[[str], None] | None = None
+) -> torch.device:
+    """What `choose` finds for run.device. Where that is an NPU its environment is checked before, and then said."""
+    say = say or (lambda line: print(errors.printable(line), file=sys.stderr))
+    if kind(run.device) != "npu":
+        return choose(run.device)
+    ascend_env.check(os.environ, run.env_check, say)
+    found = choose(run.device)
+    for line in ascend_env.effective(os.environ):
+        say(line)
     return found

@@ -255,7 +255,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces ne
 
 def on_hosts(names, launch, *flags) -> list[Launch]:
     """The script for two machines, with a process on each."""
-    script = ROOT / "experiments" / "launch" / "2x8_910b.sh"
+    script = ROOT / "experiments" / "launch" / "ascend_2x8.sh"
     settings = {"PATH": f"{TORCHRUN.parent}:{os.environ['PATH']}", "MASTER_ADDR": "10.77.0.1", "NPUS_PER_NODE": "1"}
     command = lambda name: ("ip", "netns", "exec", name, "bash", script, *flags)
     return [launch(*command(name), **settings, NODE_RANK=str(i)) for i, name in enumerate(names)]
@@ -288,7 +288,7 @@ def free_port() -> str:
 
 
 @slow
-@pytest.mark.parametrize("script", ["1x8_910b.sh", "slurm.sh"])
+@pytest.mark.parametrize("script", ["ascend_1x8.sh", "ascend_slurm.sh"])
 def test_scripts_for_one_launcher(script, launch, inputs, tmp_path):
     """As they are, but with two processes on one machine without NPUs, where Slurm's two commands are stood in for."""
     commands = {"srun": 'shift; exec "$@"', "scontrol": "echo 127.0.0.1"}

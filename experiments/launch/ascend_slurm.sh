@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune on the machines of a Slurm job: one torchrun on each, which starts a process per device.
 #
-#     sbatch experiments/launch/slurm.sh --model DIR --features DIR --out DIR [flags of experiments.finetune]
+#     sbatch experiments/launch/ascend_slurm.sh --model DIR --features DIR --out DIR [flags of experiments.finetune]
 #
 # Submit it from the project's folder, in its environment (sbatch passes both on). Paths must be on a disk that all machines
 # see. How devices are asked for is a matter of the cluster: add its --gres, --partition and --account lines.
@@ -15,10 +15,8 @@
 #SBATCH --output=lumina-%j.log
 set -eu
 # Slurm runs a copy of this script: what lies beside it is found from the folder it was submitted in.
-. "${SLURM_SUBMIT_DIR:-.}/experiments/launch/ascend.sh"
+. "${SLURM_SUBMIT_DIR:-.}/experiments/launch/ascend_env.sh"
 
-# Devices to use on each machine.
-NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 # The first machine of the job, and a port of its own for each job that may share it.
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"

@@ -1,20 +1,18 @@
 #!/usr/bin/env bash
 # Fine-tune on two machines with eight Ascend 910B each. Run it on both, within ten minutes, in the project's environment:
 #
-#     MASTER_ADDR=10.0.0.1 NODE_RANK=0 bash experiments/launch/2x8_910b.sh --model DIR --features DIR --out DIR [flags]
-#     MASTER_ADDR=10.0.0.1 NODE_RANK=1 bash experiments/launch/2x8_910b.sh ... the same
+#     MASTER_ADDR=10.0.0.1 NODE_RANK=0 bash experiments/launch/ascend_2x8.sh --model DIR --features DIR --out DIR [flags]
+#     MASTER_ADDR=10.0.0.1 NODE_RANK=1 bash experiments/launch/ascend_2x8.sh ... the same
 #
 # Both need the same code and the same flags, and see --model and --features under the same path (a shared disk, or copies).
 # --out is on a disk that both share: each device saves its part of the training state there. Parameters are sharded over all 16 devices; `--strategy hybrid` shards within each machine
 # and keeps a copy on both, which sends less over the network and takes twice the memory.
 set -eu
-. "$(dirname "$0")/ascend.sh"
+. "$(dirname "$0")/ascend_env.sh"
 
 # Machines, and which of them this is, from 0.
 NNODES="${NNODES:-2}"
 NODE_RANK="${NODE_RANK:?the number of this machine: 0 on the first, 1 on the second}"
-# Devices to use on each machine: a process each.
-NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 # The first machine, by an address that the others reach (not 127.0.0.1), and a TCP port that is free on it. A firewall must
 # let the machines talk to each other on any port: processes choose their own for what follows.
 MASTER_ADDR="${MASTER_ADDR:?the address of the first machine on the network that both share}"

@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # Fine-tune on one machine with eight Ascend 910B. Run it in the project's environment (. .venv/bin/activate):
 #
-#     bash experiments/launch/1x8_910b.sh --model DIR --features DIR --out DIR [flags of experiments.finetune]
+#     bash experiments/launch/ascend_1x8.sh --model DIR --features DIR --out DIR [flags of experiments.finetune]
 set -eu
-. "$(dirname "$0")/ascend.sh"
+. "$(dirname "$0")/ascend_env.sh"
 
-# Devices to use, the first ones of the machine: a process each.
-NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 # Where the processes meet: this machine, and a TCP port that is free on it. Two runs on one machine need different ports.
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 MASTER_PORT="${MASTER_PORT:-29500}"

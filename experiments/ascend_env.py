@@ -1,0 +1,131 @@
+"""What an NPU is told through the environment: the variables of the MindSpeed-MM guide's table, what each may be, and what it is.
+
+    python -m experiments.ascend_env
+
+prints them all with the values in force, and exits 2 where one is out of its range. Commands that compute on an NPU do the same when they start.
+Nothing here needs torch: it also runs where torch_npu finds no CANN.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lumina_fn import errors
+from lumina_fn.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    regex: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Variable:
+    name: str
+    meaning: str
+    allowed: tuple[str, ...] | range | Pattern
+    default: str | None  # what whoever reads it takes where it is not set; None: it depends
+
+    @property
+    def values(self) -> str:
+        """What is allowed, in words."""
+        match self.allowed:
+            case range(start=least, stop=end):
+                return f"a whole number from {least} to {end - 1}"
+            case Pattern(words=words):
+                return words
+            case names:
+                return f"{', '.join(names[:-1])} or {names[-1]}"
+
+    def allows(self, value: str) -> bool:
+        match self.allowed:
+            case range():
+                return re.fullmatch("[0-9]{1,9}", value) is not None and int(value) in self.allowed
+            case Pattern(regex=regex):
+                return re.fullmatch(regex, value) is not None
+            case names:
+                return value in names
+
+
+SWITCH = ("0", "1")
+TABLE = (
+    Variable("ASCEND_SLOG_PRINT_TO_STDOUT", "CANN's log on the terminal (1) or in files (0)", SWITCH, "0"),
+    Variable(
+        "ASCEND_GLOBAL_LOG_LEVEL",
+        "the log's level: 0 debug, 1 info, 2 warning, 3 error, 4 nothing",
+        ("0", "1", "2", "3", "4"),
+        "3",
+    ),
+    Variable("TASK_QUEUE_ENABLE", "how much of an op's dispatch is queued: 0 nothing", ("0", "1", "2"), "1"),
+    Variable("COMBINED_ENABLE", "two ops on non-contiguous tensors are joined (1)", SWITCH, "0"),
+    Variable(
+        "CPU_AFFINITY_CONF",
+        "host threads are bound to cores: 0 not, 1 to a device's, 2 each to its own",
+        ("0", "1", "2"),
+        "0",
+    ),
+    Variable("HCCL_CONNECT_TIMEOUT", "seconds to wait for another device's connection", range(120, 7201), "120"),
+    Variable(
+        "PYTORCH_NPU_ALLOC_CONF",
+        "memory in segments that can grow, or not",
+        Pattern("expandable_segments:(True|False)", "expandable_segments:True or expandable_segments:False"),
+        "expandable_segments:False",
+    ),
+    Variable("HCCL_EXEC_TIMEOUT", "seconds to wait for other devices in a collective", range(68, 17341), "1800"),
+    Variable("ACLNN_CACHE_LIMIT", "descriptions of ops kept on the host", range(1, 10_000_001), "10000"),
+    Variable(
+        "TOKENIZERS_PARALLELISM",
+        "the tokenizer's threads; read on a CPU as well",
+        Pattern("(?i:true|false)", "True or False"),
+        None,
+    ),
+    Variable("MULTI_STREAM_MEMORY_REUSE", "memory of one stream serves another (1)", SWITCH, "1"),
+    Variable(
+        "NPU_ASD_ENABLE",
+        "silent errors are looked for: 0 not, 1 logged, 2 warned of, 3 with the data",
+        ("0", "1", "2", "3"),
+        "0",
+    ),
+    Variable("ASCEND_LAUNCH_BLOCKING", "ops run one by one (1), to find the one that fails", SWITCH, "0"),
+    Variable("NPUS_PER_NODE", "devices of a machine that the launch scripts use", range(1, 1025), "8"),
+)
+
+
+def problems(environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that is out of its range."""
+    return [
+        f"{variable.name}={environment[variable.name]}: expected {variable.values}"
+        for variable in TABLE
+        if variable.name in environment and not variable.allows(environment[variable.name])
+    ]
+
+
+def effective(environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable: the value in force, and whether it was set."""
+    of = lambda variable: f"{variable.name} is not set ({variable.default or 'as its reader chooses'})"
+    return [f"{v.name}={environment[v.name]}" if v.name in environment else of(v) for v in TABLE]
+
+
+def check(environment: Mapping[str, str], mode: str, say: Callable[[str], None]) -> None:
+    """InputError where a variable is out of its range; with mode `warn` that is said instead."""
+    found = problems(environment)
+    if found and mode == "error":
+        raise InputError(f"{'; '.join(found)}. Where this CANN is newer and takes it: --env-check warn")
+    for problem in found:
+        say(f"warning: {problem}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    for variable, line in zip(TABLE, effective(os.environ), strict=True):
+        print(f"{errors.printable(line)}\n    {variable.meaning}; {variable.values}")
+    check(os.environ, "error", print)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
