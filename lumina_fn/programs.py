@@ -129,8 +129,15 @@ def converters() -> frozenset[str]:
     return frozenset(line for line in lines if not line.startswith("#"))
 
 
+aten = torch.ops.aten
+# torch_npu has eager kernels for these, so that torch does not take them apart where it is loaded; a converter has none of them.
+COMPOSITES = {
+    aten.contiguous.default: lambda x: x.clone(memory_format=torch.contiguous_format),
+    aten.isfinite.default: lambda x: (x == x) & (x.abs() != float("inf")),
+    aten.softmax.int: lambda x, dim: aten._softmax(x, dim, False),
+}
 CPU = Target(lambda: torch.device("cpu"), {}, None)
-NPU = Target(npu_device, ops.ASCEND, converters())
+NPU = Target(npu_device, {**ops.ASCEND, **COMPOSITES}, converters())
 
 
 def export(function: Function, target: Target) -> Exported:
@@ -153,7 +160,7 @@ def export(function: Function, target: Target) -> Exported:
         if function.dynamic:
             shapes = (tuple(function.dynamic.get(name) for name in names),)
             program = torch.export.export(_Flat(flat), leaves, strict=False, dynamic_shapes=shapes)
-            linear = torch.ops.aten.linear.default
+            linear = aten.linear.default
             program = program.run_decompositions({**target.kernels, linear: default_decompositions()[linear]})
             _drop_assertions(program)
         else:
@@ -167,7 +174,7 @@ def export(function: Function, target: Target) -> Exported:
 def _drop_assertions(program: ExportedProgram) -> None:
     """What torch.export notes of dtypes that it has seen; no device has a kernel for it."""
     for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)
     program.graph_module.recompile()
 

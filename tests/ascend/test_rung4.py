@@ -14,6 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kernels import ascend, ascend_graph
 from kernels.vendored import generate
+from lumina_fn import programs, train
+from lumina_fn.config import ModelConfig
+from lumina_fn.sharding import Mesh
 
 # torchair copies trees in a way that torch wants no more.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -169,3 +172,48 @@ def test_collectives_become_hccls(eight):
     hccl = [op for op in graph.op if op.type.startswith("Hcom")]
     assert Counter(op.type for op in hccl) == {"HcomAllGather": 1, "HcomReduceScatter": 1, "HcomAllReduce": 1}
     assert {op.attr["rank_size"].i for op in hccl if op.type != "HcomAllReduce"} == {8}
+
+
+CFG = ModelConfig(vocab=61, width=128, layers=2, heads=2, kv_heads=1, hidden=192)
+MESH = Mesh("0", 0, 8, "meta", param_dtype=DTYPE)
+FORWARD = {"FlashAttentionScore": 2, "RmsNorm": 3, "AddRmsNorm": 2, "RotaryMul": 4, "SwiGlu": 2}
+GRADIENTS = {"FlashAttentionScoreGrad": 2, "RmsNormGrad": 5, "LayerNormGradV3": 4, "SwiGluGrad": 2}
+STEP = {**FORWARD, **GRADIENTS, "RotaryMul": 8}  # turned back in the backward
+SHARED = {"HcomAllGather": 6, "HcomReduceScatter": 4, "HcomAllReduce": 3}  # blocks are gathered twice
+AGAIN = {
+    "FlashAttentionScore": 4,
+    "RmsNorm": 5,
+    "AddRmsNorm": 4,
+    "RotaryMul": 12,
+    "SwiGlu": 4,
+}  # where blocks are recomputed
+OF_MODEL = {
+    "forward": (lambda: programs.forward(CFG, batch=2, dtype=DTYPE), FORWARD),
+    "step": (lambda: programs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE), STEP),
+    "remat": (lambda: programs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE, remat=True), STEP | AGAIN),
+    "packed, of 8 ranks": (
+        lambda: programs.step(CFG, train.AdamW(), MESH, batch=2, tokens=16, dtype=DTYPE, packed=True),
+        STEP | AGAIN | SHARED,
+    ),
+    "decoding": (
+        lambda: programs.decoding(CFG, batch=2, slots=32, dtype=DTYPE),
+        {
+            "FusedInferAttentionScore": 2,
+            "ScatterNdUpdate": 4,
+            "RmsNorm": 3,
+            "AddRmsNorm": 2,
+            "RotaryMul": 4,
+            "SwiGlu": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torchair's and torch.export's own
+@pytest.mark.parametrize("what", OF_MODEL)
+def test_the_model_converts(what, eight):
+    """All of its programs, each with as many fused ops as its layers have, gradients and collectives too."""
+    function, fused = OF_MODEL[what]
+    counts = ascend_graph.op_counts(ascend_graph.to_ge(programs.export(function(), programs.NPU).program))
+    assert {op: counts[op] for op in fused} == fused
+    assert not [op for op in counts if "." in op]
