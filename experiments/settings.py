@@ -99,7 +99,7 @@ def _npu_is_missing() -> str | None:
     if importlib.util.find_spec("torch_npu") is None:
         return f"torch_npu is not installed: pip install -e '.[npu]', and {source}"
     if not hasattr(torch, "npu"):
-        return f"torch_npu is installed, but torch did not load it: unset TORCH_DEVICE_BACKEND_AUTOLOAD, and {source}"
+        return f"torch_npu is installed, but was not loaded: {source} (and unset TORCH_DEVICE_BACKEND_AUTOLOAD)"
     if not torch.npu.is_available():
         return f"torch_npu finds no device: {source}, and see that `npu-smi info` lists one"
     return None
@@ -111,6 +111,8 @@ def checked_device(
     """What `choose` finds for run.device. Where that is an NPU its environment is checked before, and then said."""
     say = say or (lambda line: print(errors.printable(line), file=sys.stderr))
     if kind(run.device) != "npu":
+        if run.device == "auto" and importlib.util.find_spec("torch_npu") is not None:
+            say(f"note: computing on {kind('auto')}, not on an NPU: {_npu_is_missing()}")
         return choose(run.device)
     ascend_env.check(os.environ, run.env_check, say)
     found = choose(run.device)

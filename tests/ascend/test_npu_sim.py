@@ -1,6 +1,10 @@
 """The simulator of rung 5 against plain torch: each op against float64 autograd, and tensors that behave as a device's do."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -329,6 +333,25 @@ def test_our_ops_run_their_kernel_for_the_device(sim):
 def test_on_a_cpu_nothing_is_counted(sim):
     ops.rms_norm(torch.randn(2, 3), torch.ones(3), 1e-5)
     assert sim.calls == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "code"), [("npu", 2), ("auto", 0)])
+def test_without_cann_a_command_says_what_to_source(device, code, tmp_path):
+    """torch_npu is installed, as here, and set_env.sh was not sourced: where `import torch` alone fails."""
+    assets = Path(__file__).parents[2] / "experiments" / "demo" / "assets"
+    command = (
+        f"-m experiments.sample --model {assets / 'lm'} --vq {assets / 'vq'} --width 32 --height 32 --device {device}"
+    )
+    hidden = ("LD_LIBRARY_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--prompt", "a red heart", "--out", tmp_path / "out"], timeout=120,
+        env={name: value for name, value in os.environ.items() if name not in hidden}, capture_output=True, text=True,
+        cwd=assets.parents[2],
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "torch_npu is installed, but was not loaded: source CANN's set_env.sh" in done.stderr
 
 
 def test_auto_is_the_npu_here():
