@@ -125,7 +125,7 @@ def _attention_bwd(dout, q, k, v, out, lse, mask: Tensor, mode: int) -> tuple[Te
         *flat, H, "BSH", atten_mask=mask, softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out.flatten(2),
         scale_value=K**-0.5, sparse_mode=mode,
     )  # fmt: skip
-    return tuple(g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=False))
+    return tuple(g.view(t.shape) for g, t in zip(grads[:3], (q, k, v), strict=True))
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

@@ -6,11 +6,9 @@ SRC's kind is detected; a MoVQGAN .ckpt (or a folder with one) converts to nativ
 so memory does not grow with the model.
 """
 
-import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -82,13 +80,8 @@ def _check_room(dst: Path, total: int) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None) -> int:
-    parser = _Parser(prog="python -m lumina_fn.convert", description=__doc__.split("\n")[0])
+    parser = errors.Parser(prog="python -m lumina_fn.convert", description=__doc__.split("\n")[0])
     parser.add_argument(
         "src",
         metavar="SRC",

@@ -1,7 +1,9 @@
 """What happens when somebody hands us something unusable: one line, exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -11,6 +13,13 @@ class InputError(ValueError):
 def printable(text: object) -> str:
     """`text` with control characters (terminal escapes, newlines) escaped, so that a stranger's file name or caption prints inert."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments that cannot be used are a user's mistake like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -97,13 +97,8 @@ def functions(cfg: ModelConfig, args: argparse.Namespace, dtype: torch.dtype) ->
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lumina_fn.export", description=__doc__.split("\n")[0])
+    parser = errors.Parser(prog="python -m lumina_fn.export", description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="a model's folder, of which config.json is read and no weights")
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument(

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import define
+from ops.define import define, in_front
 
 _ARGS = "Tensor{p}[] params, Tensor{g}[] grads, Tensor{m}[] mu, Tensor{n}[] nu, Tensor count, Tensor lr, Tensor scale, Tensor skip, float b1, float b2, float eps, float decay"
 
@@ -15,12 +15,11 @@ def _copies(params, grads, mu, nu, *rest):
 
 def _batched(info, in_dims, *args):
     """Leaves of items in front; scalars of one item each go through the formula, leaf by leaf."""
-    n, lists, scalars, hyper = info.batch_size, args[:4], args[4:8], args[8:]
-    place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
-    lists = [[place(x, d) for x, d in zip(xs, dims, strict=True)] for xs, dims in zip(lists, in_dims, strict=False)]
+    lists, scalars, hyper = args[:4], args[4:8], args[8:]
+    lists = [in_front(info, dims, *xs) for xs, dims in zip(lists, in_dims[:4], strict=True)]
     if in_dims[4:8] == (None,) * 4:
         return adamw_op(*lists, *scalars, *hyper), ([0] * len(args[0]),) * 3
-    scalars = [place(x, d)[:, None] for x, d in zip(scalars, in_dims[4:8], strict=True)]
+    scalars = [x[:, None] for x in in_front(info, in_dims[4:8], *scalars)]
     new = [
         [y.view(leaf[0].shape) for y in reference.adamw_of_leaf(*(x.flatten(1) for x in leaf), *scalars, *hyper)]
         for leaf in zip(*lists, strict=True)

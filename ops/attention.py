@@ -53,37 +53,25 @@ cached_attention_op = define(
 
 
 class _Attention(torch.autograd.Function):
+    """Causal over rows, or with `first` over each document of them."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v):
-        return attention_fwd(q, k, v)
+    def forward(q, k, v, *first):
+        return (packed_attention_fwd if first else attention_fwd)(q, k, v, *first)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.packed = len(inputs) == 4
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, dout, _):
+        if ctx.packed:
+            return (*packed_attention_bwd(dout, *ctx.saved_tensors), None)
         return attention_bwd(dout, *ctx.saved_tensors)
-
-
-class _PackedAttention(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, first):
-        return packed_attention_fwd(q, k, v, first)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx, dout, _):
-        return (*packed_attention_bwd(dout, *ctx.saved_tensors), None)
 
 
 def attention(
@@ -97,7 +85,7 @@ def packed_attention(
     q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"], first: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T H K"]:
     """Causal attention within each document of a row; first holds, for each position, the one where its document starts."""
-    return _PackedAttention.apply(q, k, v, first)[0]
+    return _Attention.apply(q, k, v, first)[0]
 
 
 def cached_attention(

@@ -4,7 +4,7 @@
 here knows no derivative; the `autograd.Function` next to it pairs a forward op with a backward op.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def define(
     return getattr(torch.ops.lumina, name).default
 
 
-def in_front(info: Any, in_dims: tuple[Any, ...], *args: Any) -> list[Any]:
+def in_front(info: Any, in_dims: Sequence[Any], *args: Any) -> list[Any]:
     """The arguments of a vmap rule with the new axis first in every tensor; one that lacks it is expanded."""
     n = info.batch_size
     place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
