@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.reference import adamw_of_leaf, wide
+from kernels.reference import adamw_of_leaf, among, wide
 
 npu = torch.ops.npu
 CAUSAL = 2048  # side of the mask that npu_fusion_attention takes for causal attention of any length
@@ -160,14 +160,12 @@ def linear_cross_entropy_pass(
     """The reference's, without writing in place. npu_cross_entropy_loss is not used: it holds [N V] and has no GE converter."""
     ce = z = torch.zeros((), dtype=torch.float32, device=x.device)
     dx, dweight = [], torch.zeros_like(weight, dtype=torch.float32)
-    hidden = torch.zeros(len(weight), device=x.device)
-    if masked:
-        hidden = hidden.scatter(0, torch.tensor(masked, device=x.device), 1.0)
+    hidden = among(masked, len(weight), x.device)
     for xs, targets in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
         kept, column = targets >= 0, targets.clamp(min=0)[:, None]
         logits = (xs @ weight.t()).float()
         if masked:
-            logits = torch.where(hidden > 0, torch.finfo(torch.float32).min, logits)
+            logits = torch.where(hidden, torch.finfo(torch.float32).min, logits)
         hit, lse = logits.gather(1, column)[:, 0], torch.logsumexp(logits, 1)
         ce = ce + torch.where(kept, lse - hit, 0).sum()
         z = z + torch.where(kept, lse * lse, 0).sum()

@@ -4,6 +4,7 @@ Axes: B batch, T time, S cache slots, H query heads, G key and value heads, K he
 Nothing here is differentiable by itself; `ops/` pairs each forward with its backward.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -150,6 +151,15 @@ def _repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if times == 1 else (k.repeat_interleave(times, 2), v.repeat_interleave(times, 2))
 
 
+def among(ids: Sequence[int], size: int, device: torch.device) -> Tensor:
+    """Which of 0 .. size - 1 are in the ascending ids, made of their runs: a traced graph has no constant on a device to carry."""
+    at, found = torch.arange(size, device=device), torch.zeros(size, dtype=torch.bool, device=device)
+    starts = [i for i, n in enumerate(ids) if i == 0 or n != ids[i - 1] + 1]
+    for start, end in pairwise([*starts, len(ids)]):
+        found = found | ((at >= ids[start]) & (at <= ids[end - 1]))
+    return found
+
+
 CHUNK = 512  # rows of logits held at once: 0.88 of the sgemm ceiling at V = 171385 and 351 MB
 
 
@@ -168,14 +178,14 @@ def linear_cross_entropy_pass(
     ce, z = sums, sums
     dx, dweight = torch.empty_like(x), torch.zeros(*lead, *weight.shape[-2:], dtype=sums.dtype, device=x.device)
     buffer = x.new_empty(*lead, min(CHUNK, N), V)
-    masked_ids = torch.tensor(masked, device=x.device, dtype=torch.int64)
+    hidden = among(masked, V, x.device)
     for start in range(0, N, CHUNK):
         rows = slice(start, min(start + CHUNK, N))
         xs, kept = x[..., rows, :], target[..., rows] >= 0
         column = target[..., rows].clamp(min=0)[..., None]
         logits = wide(torch.matmul(xs, weight.mT, out=buffer[..., : xs.shape[-2], :]))
         if masked:
-            logits.index_fill_(-1, masked_ids, torch.finfo(torch.float32).min)
+            logits.masked_fill_(hidden, torch.finfo(torch.float32).min)
         hit, top = logits.gather(-1, column)[..., 0], logits.amax(-1)
         p = torch.softmax(logits, -1, out=logits)
         lse = top - p.amax(-1).log()  # the largest probability is 1 / sum(exp(l - top))

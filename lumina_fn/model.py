@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ops
+from kernels.reference import among
 from lumina_fn.config import ModelConfig
 
 HEAD_NORM_EPS = 1e-5  # fixed in the reference, whatever rms_norm_eps says
@@ -143,8 +144,8 @@ def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tenso
     logits = F.linear(ops.rms_norm(x, p.norm, cfg.eps), p.unembed)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if cfg.masked_ids:
-        masked = torch.tensor(cfg.masked_ids, device=x.device)
-        logits = logits.index_fill(-1, masked, torch.finfo(torch.float32).min)
+        hidden = among(cfg.masked_ids, cfg.vocab, x.device)
+        logits = torch.where(hidden, torch.finfo(torch.float32).min, logits)
     return logits
 
 

@@ -160,8 +160,7 @@ def export(function: Function, target: Target) -> Exported:
         if function.dynamic:
             shapes = (tuple(function.dynamic.get(name) for name in names),)
             program = torch.export.export(_Flat(flat), leaves, strict=False, dynamic_shapes=shapes)
-            linear = aten.linear.default
-            program = program.run_decompositions({**target.kernels, linear: default_decompositions()[linear]})
+            program = program.run_decompositions({**_composites(program), **target.kernels})
             _drop_assertions(program)
         else:
             graph = make_fx(flat, decomposition_table=target.kernels, tracing_mode="fake")(*leaves)
@@ -169,6 +168,12 @@ def export(function: Function, target: Target) -> Exported:
             program = torch.export.export(graph, leaves, strict=False)
     _check(program, target, lambda: flat(*leaves), leaves[0].fake_mode)
     return Exported(program, names, outputs)
+
+
+def _composites(program: ExportedProgram) -> dict[OpOverload, Callable[..., Any]]:
+    """Decompositions of the program's ops that are no kernels but names for several; make_fx never sees these."""
+    known, used = default_decompositions(), {node.target for node in program.graph.nodes}
+    return {op: known[op] for op in used if isinstance(op, OpOverload) and op._can_decompose() and op in known}
 
 
 def _drop_assertions(program: ExportedProgram) -> None:

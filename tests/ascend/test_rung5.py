@@ -1,0 +1,131 @@
+"""Rung 5: the model on simulated `npu` tensors computes what it computes on the CPU, by the NPU's kernels and its exported programs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+from lumina_fn import decode, model, programs, train
+from lumina_fn.config import ModelConfig
+from tests.ascend.npu_sim import NpuSim
+
+CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
+# AdamW's first step divides each gradient by its own size. Where that is about eps, rounding becomes part of the step: parameters
+# are compared at a small rate, and gradients, in the first moment, beside them.
+OPT = train.AdamW(1e-6, decay=0.1, clip=1.0)
+B, T, SLOTS = 2, 12, 16
+
+
+def params() -> model.Params:
+    generator = torch.Generator().manual_seed(0)
+    move = lambda x: x + 0.02 * torch.randn(x.shape, generator=generator)
+    return pytree.tree_map(move, model.init(CFG))
+
+
+def batch(packed: bool) -> train.Batch | train.Packed:
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(12, CFG.vocab, (2, B, T), generator=generator)
+    labels[0, :3] = -100
+    if not packed:
+        return train.Batch(tokens, labels)
+    return train.Packed(tokens, labels, torch.tensor([[0] * 5 + [5] * 7, [0] * T]))
+
+
+def on(device: str, tree: Any) -> Any:
+    """Copies: a donated state is written over."""
+    return pytree.tree_map(lambda x: x.to(device, copy=True), tree)
+
+
+def simulated(run: Callable[..., Any], *trees: Any) -> tuple[Any, NpuSim]:
+    """What run gives of the trees as npu tensors, back on the CPU, and what was called."""
+    with NpuSim() as sim:
+        return on("cpu", run(*(on("npu", tree) for tree in trees))), sim
+
+
+def far(got: Any, want: Any) -> float:
+    """The largest difference of two trees' tensors."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def relative(got: Any, want: Any) -> float:
+    """The largest difference of a tensor, by its own largest value."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    return max(far(a, b) / b.abs().max().item() for a, b in pairs)
+
+
+FORWARD = {"npu_fusion_attention": 2, "npu_rms_norm": 3, "npu_add_rms_norm": 2, "npu_rotary_mul": 4, "npu_swiglu": 2}
+BACKWARD = {"npu_fusion_attention_grad": 2, "npu_rms_norm_backward": 5, "npu_swiglu_backward": 2}
+
+
+def fused(sim: NpuSim) -> dict[str, int]:
+    """The calls of torch_npu's own ops."""
+    return {name.removeprefix("npu::"): n for name, n in sim.calls.items() if name.startswith("npu::")}
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"donate": True}], ids=["plain", "remat", "donated"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_a_step_is_the_cpus(packed, options, record_property):
+    step = train.make_train_step(CFG, OPT, **options)
+    state, rows = train.init_state(params(), OPT), batch(packed)
+    want, expected = step(on("cpu", state), rows)
+    (got, metrics), sim = simulated(step, state, rows)
+    again = 2 if options.get("remat") else 1
+    calls = fused(sim)
+    assert {name: calls[name] for name in BACKWARD} == BACKWARD
+    assert calls["npu_fusion_attention"] == 2 * again
+    assert metrics["loss"].item() == expected["loss"].item()
+    record_property("errors", [far(got.params, want.params), relative(got.mu, want.mu), relative(got.nu, want.nu)])
+    assert far(got.params, want.params) < 2e-7
+    assert relative(got.mu, want.mu) < 3e-6
+    assert relative(got.nu, want.nu) < 6e-6
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_a_step_in_bfloat16_is_as_near_to_float32_as_the_cpus(packed):
+    exact, half = (train.make_train_step(CFG, OPT, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    state, rows = train.init_state(params(), OPT), batch(packed)
+    truth, of_truth = exact(state, rows)
+    cpus, of_cpu = half(state, rows)
+    (got, metrics), _ = simulated(half, state, rows)
+    assert (metrics["loss"] - of_truth["loss"]).abs() <= 2 * (of_cpu["loss"] - of_truth["loss"]).abs() + 2**-9
+    for one, other, true in zip(*map(pytree.tree_leaves, (got.mu, cpus.mu, truth.mu)), strict=True):
+        assert (one - true).norm() <= 2 * (other - true).norm() + 2**-9 * true.norm()
+
+
+def test_decoding_is_the_cpus():
+    """Prompts of two lengths, then a token more in each row twice: the cache is written, and read, where it should be."""
+    prompts = [torch.randint(12, CFG.vocab, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+
+    def run(params, prompts, more, lengths):
+        cache = decode.empty_cache(params, CFG, 2, SLOTS)
+        prefilled = decode.prefill(params, prompts, cache, CFG)
+        extended = decode.extend(params, more[0], [3, 5], cache, CFG)
+        stepped, cache = decode.step(params, more[1, :, 0], lengths, cache, CFG)
+        return prefilled, extended, stepped, cache
+
+    more, lengths = torch.tensor([[[17], [19]], [[21], [22]]]), torch.tensor([4, 6])
+    inputs = params(), prompts, more, lengths
+    want = run(*inputs)
+    got, sim = simulated(run, *inputs)
+    assert fused(sim)["npu_fused_infer_attention_score"] > 0
+    assert relative(got[:3], want[:3]) < 1e-6
+    assert relative(got[3], want[3]) < 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_an_exported_step_is_the_cpus(packed):
+    """The program of torch_npu's ops alone, as it goes to the graph engine, run op by op."""
+    function = programs.step(CFG, OPT, batch=B, tokens=T, dtype=torch.float32, packed=packed)
+    inputs = programs.StepInputs(train.init_state(params(), OPT), batch(packed), torch.tensor(OPT.lr))
+    want = function.fn(*on("cpu", inputs))
+    exported = programs.export(function, programs.NPU)
+    got, sim = simulated(lambda tree: exported.program.module()(*pytree.tree_leaves(tree)), inputs)
+    got = pytree.tree_unflatten(got, pytree.tree_structure(want))
+    assert not [name for name in sim.calls if name.startswith("lumina::")]
+    assert {name: fused(sim)[name] for name in FORWARD | BACKWARD} == FORWARD | BACKWARD | {"npu_rotary_mul": 8}
+    assert got["metrics"]["loss"].item() == want["metrics"]["loss"].item()
+    assert far(got["state"].params, want["state"].params) < 2e-7
+    assert relative(got["state"].mu, want["state"].mu) < 3e-6
