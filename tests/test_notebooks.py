@@ -19,8 +19,8 @@ def copy(tmp_path_factory):
     return project_copy.make(tmp_path_factory.mktemp("notebooks") / "project")
 
 
-def test_there_are_four():
-    assert len(NOTEBOOKS) == 4
+def test_there_are_five():
+    assert len(NOTEBOOKS) == 5
 
 
 @named
