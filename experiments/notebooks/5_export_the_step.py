@@ -106,22 +106,7 @@ assert npu["npu.npu_fusion_attention"] == npu["npu.npu_fusion_attention_grad"] =
 
 
 # %%
-SHAPES = [
-    "view",
-    "t",
-    "transpose",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "slice",
-    "select",
-    "split",
-    "_unsafe_view",
-    "cat",
-    "permute",
-    "reshape",
-    "unbind",
-]
+SHAPES = {"view", "t", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "_unsafe_view", "cat", "permute"}  # fmt: skip
 
 
 def kind(op):
