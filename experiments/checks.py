@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import torch
+
 from experiments.distributed import World
 from lumina_fn import batches, data, prompt
 from lumina_fn.config import ModelConfig
@@ -36,6 +38,18 @@ def flags(run: Any) -> None:
                 f"--{name.replace('_', '-')} float16: float16 gradients underflow without loss scaling, which is not offered: "
                 "use bfloat16 or float32"
             )
+
+
+def compiling(wanted: str | None, device: torch.device) -> str:
+    """What is compiled on the device. InputError on an NPU, whose fused kernels run one by one: Inductor has no part in it."""
+    if device.type != "npu":
+        return wanted or "blocks"
+    if wanted in (None, "off"):
+        return "off"
+    raise InputError(
+        f"--compile {wanted}: an NPU runs its fused kernels one by one here; give --compile off, "
+        "or write the compiled step for its graph engine: python -m lumina_fn.export"
+    )
 
 
 def features(run: Any, world: World, features: data.FeatureSet, cfg: ModelConfig) -> None:

@@ -93,7 +93,10 @@ class Settings:
         bool | None,
         "keep only each block's input and compute the rest again in the backward (default: for a billion parameters and more)",
     ] = None
-    compile: Annotated[Literal["off", "blocks", "step"], "nothing, one block for all, or the whole step"] = "blocks"
+    compile: Annotated[
+        Literal["off", "blocks", "step"] | None,
+        "nothing, one block for all, or the whole step (default: blocks; on an NPU off, the only choice there)",
+    ] = None
     last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
     log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
     noise_scale_every: Annotated[
@@ -118,6 +121,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     run = settings.parse(Settings, __doc__, argv)
     checks.flags(run)
     device = settings.checked_device(run, world.device, world.say)
+    run = replace(run, compile=checks.compiling(run.compile, device))
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
