@@ -86,7 +86,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B T H K] over k, v [B T G K]; the output [B T H K] and the log-sum-exp [B T H]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, *_repeat(q, k, v)))
+    q, k, v = (_heads_first(t) for t in (q, *_repeat(q, k, v)))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
@@ -95,7 +95,7 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_k, wide_v = _repeat(q, k, v)
-    heads_first = [t.transpose(1, 2) for t in (dout, q, wide_k, wide_v, out, lse)]
+    heads_first = [_heads_first(t) for t in (dout, q, wide_k, wide_v, out, lse)]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True)
     # A key head's gradient is the sum over the query heads it serves.
     dk, dv = (d.transpose(1, 2).unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))
@@ -104,7 +104,7 @@ def attention_bwd(
 
 def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """attention_fwd where a query sees no key before first [B T], the position at which its document starts."""
-    out, lse = torch.empty_like(q), wide(q.new_empty(q.shape[:3]))
+    out, lse = q.new_empty(q.shape), wide(q.new_empty(q.shape[:3]))
     for part in documents(first):
         out[part], lse[part] = attention_fwd(q[part], k[part], v[part])
     return out, lse
@@ -113,11 +113,11 @@ def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tupl
 def packed_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grads = [t.new_empty(t.shape) for t in (q, k, v)]
     for part in documents(first):
         for whole, of_part in zip(grads, attention_bwd(*(t[part] for t in (dout, q, k, v, out, lse))), strict=True):
             whole[part] = of_part
-    return grads
+    return tuple(grads)
 
 
 def documents(first: Tensor) -> list[tuple[slice, slice]]:
@@ -144,6 +144,11 @@ def write_cache_(cache: Tensor, positions: Tensor, new: Tensor) -> None:
     """Put new [B T G K] into the slots positions [B T] of a cache [B S G K]."""
     rows = torch.arange(len(cache), device=cache.device)[:, None]
     cache[rows, positions] = new
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B H T ..], as the CPU's flash attention takes it. Where a row's numbers do not touch it would read others, and say nothing."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def _repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,10 +226,16 @@ def adamw_(
 ) -> None:  # fmt: skip
     """AdamW's `count`-th update in place, with gradients scale * grads (in place too), unless skip is 1.0."""
     torch._foreach_mul_(grads, scale)
+    # The fused kernel takes the n-th numbers in memory of a leaf's four tensors for one another's, whatever their strides say.
+    p, g, m, v = dense = [[x.contiguous() for x in leaves] for leaves in (params, grads, mu, nu)]
     torch._fused_adamw_(
-        params, grads, mu, nu, [], [count.float() for _ in params],
+        p, g, m, v, [], [count.float() for _ in p],
         lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip.float(),
     )  # fmt: skip
+    for olds, news in zip((params, mu, nu), (dense[0], *dense[2:]), strict=True):
+        for old, new in zip(olds, news, strict=True):
+            if old is not new:
+                old.copy_(new)
 
 
 def join(leaves: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:

@@ -30,8 +30,16 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _, pull = vjp(lambda *leaves: ctx.fn(*pytree.tree_unflatten(leaves, ctx.spec)), *ctx.saved_tensors)
-        return (None, None, *pull(dy))
+        leaves = ctx.saved_tensors
+        floats = [i for i, x in enumerate(leaves) if x.is_floating_point()]  # ids and positions have no gradient
+
+        def of_floats(*xs):
+            given = dict(zip(floats, xs, strict=True))
+            return ctx.fn(*pytree.tree_unflatten([given.get(i, x) for i, x in enumerate(leaves)], ctx.spec))
+
+        _, pull = vjp(of_floats, *(leaves[i] for i in floats))
+        grads = dict(zip(floats, pull(dy), strict=True))
+        return (None, None, *(grads.get(i) for i in range(len(leaves))))
 
 
 def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:

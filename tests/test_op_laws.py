@@ -96,22 +96,13 @@ LAID = {
 }
 
 
-def by_layout(among: list[Any], *broken: Any) -> Any:
-    """Every op with every layout; strictly expected to fail where a turned argument breaks the law."""
-    mark = lambda op, laid: [pytest.mark.xfail(strict=True)] * (laid == "turned" and op in broken)
-    cases = [(op, laid) for op in among for laid in LAID]
-    return pytest.mark.parametrize(
-        ("op", "laid"), [pytest.param(*case, marks=mark(*case), id=f"{case[0]._opname}-{case[1]}") for case in cases]
-    )
+def by_layout(among: list[Any]) -> Any:
+    """Every op with every layout."""
+    cases = [pytest.param(op, laid, id=f"{op._opname}-{laid}") for op in among for laid in LAID]
+    return pytest.mark.parametrize(("op", "laid"), cases)
 
 
-# Results lie in order where their fakes lie as an argument does, or the other way about.
-@by_layout(
-    FUNCTIONAL,
-    lumina.packed_attention_fwd.default,
-    lumina.packed_attention_bwd.default,
-    lumina.linear_cross_entropy_pass.default,
-)
+@by_layout(FUNCTIONAL)
 def test_fake_is_real(op, laid):
     """Shapes, dtypes and strides, however the arguments lie in memory."""
     for dtype in DTYPES:
@@ -171,17 +162,10 @@ def choices(args: tuple[Any, ...]) -> list[tuple[int, ...]]:
     return [chosen for n in counts for chosen in itertools.combinations(tensors, n)]
 
 
-# torch._fused_adamw_ takes the n-th number in memory of each of its four tensors for the same, whatever their strides say.
-WHERE = [
-    *(pytest.param(op, True, id=op._opname) for op in BATCHED if op is not ops.adamw_op),
-    pytest.param(ops.adamw_op, False, id="adamw"),
-    pytest.param(ops.adamw_op, True, id="adamw, axes anywhere", marks=pytest.mark.xfail(strict=True)),
-]
-
-
-@pytest.mark.parametrize(("op", "last"), WHERE)
+@pytest.mark.parametrize("last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("op", BATCHED, ids=lambda op: op._opname)
 def test_vmap_is_a_loop_that_does_not_unroll(op, last):
-    """Whichever arguments have the axis, first or last; as many calls for five items as for two."""
+    """Whichever arguments have the axis; as many calls for five items as for two."""
     args = arguments(torch.float64)[op]
     for chosen in choices(args):
         got, want, calls = mapped(op, args, chosen, 5, last)
@@ -189,11 +173,8 @@ def test_vmap_is_a_loop_that_does_not_unroll(op, last):
         assert calls == mapped(op, args, chosen, 2, last)[2]
 
 
-ATTENTION = [op for op in OPS if "attention_" in op._opname]
-
-
-# The CPU's attention takes a row's numbers for neighbours in memory, as _fused_adamw_ does.
-@by_layout(FUNCTIONAL, ops.adamw_op, *ATTENTION)
+# The CPU's flash attention and _fused_adamw_ take numbers for neighbours in memory that need not be.
+@by_layout(FUNCTIONAL)
 def test_layout_is_no_matter(op, laid):
     """One argument at a time lies elsewhere in memory: the same numbers come out."""
     args = arguments(torch.float64)[op]

@@ -122,3 +122,14 @@ def test_remat_runs_its_function_again_in_the_backward():
 
     grad(lambda x: remat(f)(x).sum())(torch.ones(3))
     assert len(calls) == 2
+
+
+def test_remat_passes_over_integers():
+    """Ids among the arguments have no gradient; those of the others are what they are without remat."""
+    table, ids = (
+        torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1, 5]),
+    )
+    of = lambda f: torch.func.grad(lambda t: f(t, ids).square().sum())(table)
+    look_up = lambda t, at: t[at].sin()
+    assert torch.equal(of(remat(look_up)), of(look_up))

@@ -1,5 +1,7 @@
 """Rung 4: what is traced for device npu converts to a graph of Ascend's graph engine (GE)."""
 
+import resource
+import time
 from collections import Counter
 
 import pytest
@@ -216,4 +218,28 @@ def test_the_model_converts(what, eight):
     function, fused = OF_MODEL[what]
     counts = ascend_graph.op_counts(ascend_graph.to_ge(programs.export(function(), programs.NPU).program))
     assert {op: counts[op] for op in fused} == fused
+    assert not [op for op in counts if "." in op]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_7b_models_step_converts(eight, capsys):
+    """All 32 layers at their widths, for one of eight ranks, and what that takes."""
+    cfg, since = ModelConfig(), time.perf_counter()
+    function = programs.step(cfg, train.AdamW(), MESH, batch=1, tokens=4096, dtype=DTYPE)
+    program, traced = programs.export(function, programs.NPU).program, time.perf_counter()
+    graph, converted = ascend_graph.to_ge(program), time.perf_counter()
+    counts = ascend_graph.op_counts(graph)
+    with capsys.disabled():
+        print(
+            f"\nthe 7.88B step: traced in {traced - since:.0f} s, converted in {converted - traced:.0f} s to {len(graph.op)} ops of GE; "
+            f"peak of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
+        )
+    layers = cfg.layers
+    assert {op: counts[op] for op in GRADIENTS} == {
+        "FlashAttentionScoreGrad": layers, "RmsNormGrad": 2 * layers + 1, "LayerNormGradV3": 2 * layers, "SwiGluGrad": layers
+    }  # fmt: skip
+    # Blocks are gathered twice, and computed twice.
+    assert counts["HcomAllGather"] == 2 * layers + 2
+    assert counts["HcomReduceScatter"] == layers + 2
+    assert counts["FlashAttentionScore"] == counts["SwiGlu"] == 2 * layers
     assert not [op for op in counts if "." in op]
