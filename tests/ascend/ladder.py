@@ -17,7 +17,7 @@ FILES = {
     2: ("test_rung2.py",),
     3: ("test_rung3.py",),
     4: ("test_rung4.py", "test_wheel_bugs.py"),
-    5: ("test_rung5.py", "test_npu_sim.py"),
+    5: ("test_rung5.py", "test_npu_sim.py", "test_npu_commands.py", "test_npu_check.py"),
     6: ("test_rung6.py",),
 }
 # The venv that a rung's tests run in, and the target that runs them.
