@@ -2,7 +2,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels import ascend, reference
+from kernels import npu, reference
 from ops.define import define, in_front
 
 
@@ -24,7 +24,7 @@ linear_cross_entropy_pass = define(
     fake=_fake,
     batched=_batched,
     default=reference.linear_cross_entropy_pass,
-    PrivateUse1=ascend.linear_cross_entropy_pass,
+    PrivateUse1=npu.linear_cross_entropy_pass,
 )
 
 

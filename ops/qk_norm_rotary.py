@@ -2,7 +2,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels import ascend, reference
+from kernels import npu, reference
 from ops.define import against, define, in_front
 
 
@@ -35,7 +35,7 @@ qk_norm_rotary_fwd = define(
     fake=_fake_fwd,
     batched=_batched_fwd,
     default=reference.qk_norm_rotary_fwd,
-    PrivateUse1=ascend.qk_norm_rotary_fwd,
+    PrivateUse1=npu.qk_norm_rotary_fwd,
 )
 qk_norm_rotary_bwd = define(
     "qk_norm_rotary_bwd(Tensor dy, Tensor x, Tensor gain, Tensor angles, Tensor mean, Tensor rstd)"
@@ -43,7 +43,7 @@ qk_norm_rotary_bwd = define(
     fake=_fake_bwd,
     batched=_batched_bwd,
     default=reference.qk_norm_rotary_bwd,
-    PrivateUse1=ascend.qk_norm_rotary_bwd,
+    PrivateUse1=npu.qk_norm_rotary_bwd,
 )
 
 

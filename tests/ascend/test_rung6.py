@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.compiler.errors import MLIRCompilationError
 
-from kernels import triton_attention, triton_qk_norm_rotary, triton_rms_norm, triton_vocabulary_loss
+from kernels import ascend, npu, triton_attention, triton_qk_norm_rotary, triton_rms_norm, triton_vocabulary_loss
 from tests.ascend import mlir, triton_lab
 from tests.ascend.triton_cases import CASES, Error, errors
 
@@ -63,6 +63,28 @@ def test_lowered_kernel_run_on_this_cpu_is_no_worse_than_eager(case, dtype, reco
         found = errors(CASES[case], dtype)
     record_property("errors", found)
     within(found)
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("qk_norm_rotary", ["qk_norm_rotary_fwd", "qk_norm_rotary_bwd"]),
+        ("vocabulary_loss", ["linear_cross_entropy_pass"]),
+    ],
+)
+def test_an_npu_runs_these_where_no_op_of_the_vendors_does_the_whole(case, names, monkeypatch):
+    for name in names:
+        monkeypatch.delattr(ascend, name)
+    mlir.fetch()
+    with triton_lab.executed():
+        within(errors(CASES[case]._replace(kernels=npu), torch.bfloat16))
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [(128, torch.bfloat16), (2, torch.float64)])
+def test_what_these_do_not_take_is_composed_of_the_vendors(heads, dtype, monkeypatch):
+    monkeypatch.setattr(ascend, "qk_norm_rotary_fwd", lambda *args: "composed")
+    x, gain = meta(1, T, heads, K, dtype=dtype), meta(1, K, dtype=dtype)
+    assert npu.qk_norm_rotary_fwd(x, gain, gain, stat(T, 2, K // 2), 1e-5) == "composed"
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
