@@ -55,7 +55,8 @@ class Row(NamedTuple):
 
 
 def _compiled() -> SimpleNamespace:
-    functions = {name: fn for name, fn in vars(reference).items() if isinstance(fn, FunctionType)}
+    """By Inductor. What works in place (a name that ends in _) is one call of PyTorch's already."""
+    functions = {name: fn for name, fn in vars(reference).items() if isinstance(fn, FunctionType) and name[-1] != "_"}
     return SimpleNamespace(**{name: torch.compile(fn, dynamic=False) for name, fn in functions.items()})
 
 

@@ -1,0 +1,94 @@
+"""python -m kernels.bench: every op is measured, what is said of it is counted, and mistakes are told in a line."""
+
+import csv
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import ascend, bench, reference
+from kernels.cases import SIZES, cases, errors, expected
+
+CASES = cases(SIZES["tiny"])
+
+
+def test_every_op_is_measured_and_written_down(tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    assert (
+        bench.main(["--impl", "reference", "--shape", "tiny", "--device", "cpu", "--repeat", "1", "--csv", str(file)])
+        == 0
+    )
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert {row["op"] for row in rows} == set(CASES)
+    assert [(row["op"], row["part"]) for row in rows] == [(op, call.part) for op in CASES for call in CASES[op].calls]
+    for row in rows:
+        assert float(row["ms"]) > 0
+        assert float(row["ratio"]) == 1
+        assert row["error"] == row["eager_error"]
+    assert capsys.readouterr().out.count("\n") == len(rows) + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.slow
+def test_compiled_takes_its_turns(capsys):
+    bench.main(["rms_norm", "attention", "--shape", "tiny", "--device", "cpu", "--repeat", "2", "--dtype", "bfloat16"])
+    said = capsys.readouterr()
+    assert said.out.count("compiled") == said.out.count("reference") == 4
+    assert "ascend is left out: it is for NPUs, and this is cpu" in said.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["atention"], "atention: no such op; expected any of rms_norm"),
+        (["rms_norm", "--impl", "ascend"], "--impl ascend: it is for NPUs, and this is cpu"),
+        (["rms_norm", "--impl", "triton"], "--impl triton: it needs an accelerator"),
+        (["rms_norm", "--device", "npu"], "--device npu: torch finds none here"),
+        (["rms_norm", "--csv", "nowhere/rows.csv"], "there is no folder nowhere"),
+        (["rms_norm", "--repeat", "0"], "expected a whole number above 0"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--shape", "tiny", *(["--device", "cpu"] if "--device" not in argv else []), *argv])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_products_are_those_that_pytorch_counts():
+    """Of the vocabulary loss all, forward and backward; of causal attention half, since the other half is never needed."""
+    (loss,), (forward, backward) = CASES["linear_cross_entropy"].calls, CASES["attention"].calls
+    values = CASES["linear_cross_entropy"].inputs(torch.float32)
+    x, weight = values["x"].requires_grad_(), values["weight"].requires_grad_()
+    assert loss.flops == counted(lambda: (x @ weight.t()).sum().backward())
+    q, k, v = (torch.randn(2, 4, 48, 64) for _ in range(3))
+    whole = lambda: (q @ k.mT).softmax(-1) @ v
+    assert forward.flops == counted(whole) / 2
+    assert backward.flops == 2.5 * forward.flops  # scores again, and the gradients of four factors
+
+
+def test_an_error_is_a_part_of_the_largest_number():
+    """A result that is off by a hundredth of it is said to be, and one that is shaped otherwise is refused."""
+    case = CASES["swiglu"]
+    wanted = expected(case, torch.float32)[0]
+    y = case.run(reference, case.inputs(torch.float32))[0]["y"]
+    off = y.clone()
+    off.view(-1)[0] += 0.01 * wanted.exact["y"].abs().max()
+    assert errors({"y": off}, wanted)[0].found == pytest.approx(0.01, rel=1e-3)
+    assert errors({"y": y}, wanted)[0].found == wanted.eager["y"] < 1e-6
+    with pytest.raises(ValueError, match="y is float64"):
+        errors({"y": y.double()}, wanted)
+
+
+def test_every_case_names_kernels_that_an_npu_has():
+    kernels = {call.kernel for case in CASES.values() for call in case.calls}
+    assert kernels <= set(vars(ascend)) & set(vars(reference))
