@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python -m experiments.bench_fsdp
 	$(BIN)/python -m experiments.bench_step
 	$(BIN)/python -m experiments.bench_checkpoint
+	$(BIN)/python -m kernels.bench --tokens 512
 
 npu-check: setup
 	$(BIN)/python -m experiments.npu_check

@@ -5,7 +5,7 @@ a test in tests/ascend/test_wheel_bugs.py that fails once the wheel needs no hel
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.export import ExportedProgram
 from torchair._ge_concrete_graph import ge_apis as ge
 from torchair._ge_concrete_graph.fx2ge_converter import get_or_auto_gen_converter, register_fx_node_ge_converter
 from torchair._ge_concrete_graph.ge_ir_pb2 import GraphDef
+from torchair.configs.compiler_config import CompilerConfig
 from torchair.ge import ge_graph_ascend
+from torchair.npu_fx_compiler import get_compiler
 
 FUSION_ATTENTION_GRAD = torch.ops.npu.npu_fusion_attention_grad.default
 
@@ -31,6 +33,13 @@ def to_ge(program: ExportedProgram) -> GraphDef:
     if names := unconverted(graph):
         raise ValueError(f"no GE converter for {', '.join(names)}: expected ops of kernels/vendored/ge_converters.txt")
     return graph
+
+
+def compiled(program: ExportedProgram, config: CompilerConfig | None = None) -> Callable[..., Any]:
+    """A function of the program's inputs, in order, that the graph engine runs: compiled by CANN when it is first called."""
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    with overridden():
+        return get_compiler(config)(program.graph_module, inputs)
 
 
 def op_counts(graph: GraphDef) -> Counter[str]:

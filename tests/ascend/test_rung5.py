@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
+from kernels import ascend_graph
 from lumina_fn import decode, model, programs, train
 from lumina_fn.config import ModelConfig
 from tests.ascend.npu_sim import NpuSim
@@ -115,15 +116,25 @@ def test_decoding_is_the_cpus():
     assert relative(got[3], want[3]) < 1e-6
 
 
+def run_eagerly(program: torch.export.ExportedProgram) -> Callable[..., Any]:
+    """By torchair: converted for the graph engine, and then run op by op in its place."""
+    config = ascend_graph.CompilerConfig()
+    config.debug.run_eagerly = True
+    return ascend_graph.compiled(program, config)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:Skipping serialize:UserWarning")
+@pytest.mark.parametrize("how", [lambda program: program.module(), run_eagerly], ids=["as it is", "by torchair"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_an_exported_step_is_the_cpus(packed):
+def test_an_exported_step_is_the_cpus(packed, how):
     """The program of torch_npu's ops alone, as it goes to the graph engine, run op by op."""
     function = programs.step(CFG, OPT, batch=B, tokens=T, dtype=torch.float32, packed=packed)
     inputs = programs.StepInputs(train.init_state(params(), OPT), batch(packed), torch.tensor(OPT.lr))
     want = function.fn(*on("cpu", inputs))
-    exported = programs.export(function, programs.NPU)
-    got, sim = simulated(lambda tree: exported.program.module()(*pytree.tree_leaves(tree)), inputs)
-    got = pytree.tree_unflatten(got, pytree.tree_structure(want))
+    program = programs.export(function, programs.NPU).program
+    run = how(program)
+    got, sim = simulated(lambda tree: run(*pytree.tree_leaves(tree)), inputs)
+    got = pytree.tree_unflatten(list(got), pytree.tree_structure(want))
     assert not [name for name in sim.calls if name.startswith("lumina::")]
     assert {name: fused(sim)[name] for name in FORWARD | BACKWARD} == FORWARD | BACKWARD | {"npu_rotary_mul": 8}
     assert got["metrics"]["loss"].item() == want["metrics"]["loss"].item()
