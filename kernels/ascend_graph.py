@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch_npu  # noqa: F401  (it puts the torchair that it carries where the imports below find it)
-import torchair
 from torch.export import ExportedProgram
 from torchair._ge_concrete_graph import ge_apis as ge
 from torchair._ge_concrete_graph.fx2ge_converter import get_or_auto_gen_converter, register_fx_node_ge_converter
@@ -41,17 +40,6 @@ def compiled(program: ExportedProgram, config: CompilerConfig | None = None) -> 
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     with overridden():
         return get_compiler(config)(program.graph_module, inputs)
-
-
-def compiled(program: ExportedProgram) -> Callable[..., Any]:
-    """A program whose tensors are on device npu as a function of them, which the graph engine compiles when it is first called."""
-    run = torch.compile(program.module(), backend=torchair.get_npu_backend(), dynamic=False, fullgraph=True)
-
-    def call(*inputs: Any) -> Any:
-        with overridden(), torch.no_grad():
-            return run(*inputs)
-
-    return call
 
 
 def op_counts(graph: GraphDef) -> Counter[str]:
