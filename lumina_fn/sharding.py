@@ -33,7 +33,7 @@ class Mesh:
     rank: int
     size: int
     device: torch.device | str = "cpu"
-    strategy: str = "fsdp"  # full shard; sdp: gathered once a step; no: whole copies; hybrid(_zero2): shards within shard_size ranks
+    strategy: str = "fsdp"  # full shard; sdp: gathered once a micro batch; no: whole copies; hybrid(_zero2): shards within shard_size ranks
     param_dtype: torch.dtype = torch.float32  # of gathered parameters
     reduce_dtype: torch.dtype = torch.float32  # of the gradients' sum
     shard_size: int | None = None  # of the hybrids; divides size

@@ -408,10 +408,23 @@ def test_a_mistake_is_one_line(flags, message, monkeypatch, capsys):
     assert message in line
 
 
+@pytest.fixture(scope="module")
+def shown() -> list[str]:
+    """What the command prints of the 7B, and in the last line what that took."""
+    return call("--devices", 8, 16, 64, code=f"{PLAN}; {USED}").splitlines()
+
+
 @SLOW
-def test_the_7b_is_planned_in_seconds_and_not_allocated():
-    shown = call("--devices", 8, 16, 64, code=f"{PLAN}; {USED}")
-    seconds, size = map(float, shown.splitlines()[-1].split())
+def test_the_7b_is_planned_in_seconds_and_not_allocated(shown):
+    seconds, size = map(float, shown[-1].split())
     assert seconds < 60  # of a processor: others may be using it too
     assert size < 1e9
-    assert "| per device, of" in shown
+
+
+@SLOW
+def test_the_readmes_table_is_what_is_printed(shown):
+    """Some of its rows are left out there."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| per device, of") :].split("\n\n")[0].splitlines()
+    printed = [line for line in shown if line.startswith("|")]
+    assert table == [line for line in printed if line in table]
