@@ -2,7 +2,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import define
+from ops.define import define, folded
 
 
 def _written(cache, positions, new):
@@ -14,6 +14,7 @@ def _written(cache, positions, new):
 write_cache_op = define(
     "write_cache(Tensor cache, Tensor positions, Tensor new) -> Tensor",
     fake=lambda cache, positions, new: cache.clone(),
+    batched=lambda *a: folded(write_cache_op)(*a),
     default=_written,
     PrivateUse1=ascend.write_cache,
 )

@@ -67,7 +67,7 @@ def arguments(dtype: torch.dtype) -> dict[Any, tuple[Any, ...]]:
 OPS = list(arguments(torch.float64))
 COLLECTIVES = {lumina.all_gather.default, lumina.reduce_scatter.default, lumina.all_reduce.default}
 IN_PLACE = {lumina.write_cache_.default, lumina.adamw_.default}
-UNBATCHED = {lumina.write_cache.default, lumina.join.default, *IN_PLACE}  # nobody maps over a cache or a unit's layout
+UNBATCHED = {lumina.join.default, *IN_PLACE}  # nobody maps over a unit's layout
 FUNCTIONAL, BATCHED = ([op for op in OPS if op not in others] for others in (IN_PLACE, UNBATCHED))
 named = pytest.mark.parametrize("op", OPS, ids=lambda op: op._opname)
 

@@ -191,6 +191,58 @@ def test_no_worse_than_plain_pytorch(name, dtype):
         assert error(got) <= 2 * error(eager) + torch.finfo(dtype).eps * true.abs().max()
 
 
+def plain_cached_attention(q, keys, values, seen):
+    """Scores and their softmax, written out."""
+    keys, values = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (keys, values))
+    scores = torch.einsum("bthk,bshk->bhts", q, keys) * q.shape[-1] ** -0.5
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1), values)
+
+
+def plain_adamw(p, g, m, v):
+    """The third update as its paper has it, after half the gradient."""
+    m, v = 0.9 * m + 0.1 * (0.5 * g), 0.95 * v + 0.05 * (0.5 * g).square()
+    return p - 0.1 * (m / (1 - 0.9**3) / ((v / (1 - 0.95**3)).sqrt() + 1e-8) + 0.1 * p), m, v
+
+
+def fused_adamw(donate: bool):
+    def updated(*leaf):
+        scalar = lambda x: torch.tensor(x, dtype=reference.wide(leaf[0]).dtype)
+        scalars = torch.tensor(3), scalar(0.1), scalar(0.5), torch.tensor(False)
+        keys = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "decay": 0.1}
+        new = ops.adamw(*([x.clone()] for x in leaf), *scalars, **keys, donate=donate)
+        return tuple(leaf for (leaf,) in new)
+
+    return updated
+
+
+def cached_attention(slots: int, tokens: int, head_width: int) -> tuple[Callable[..., Tensor], ...]:
+    seen = torch.arange(slots) <= torch.arange(slots - tokens, slots)[:, None]
+    args = (randn(2, tokens, 4, head_width), *(randn(2, slots, 2, head_width, seed=i) for i in (1, 2)))
+    of = lambda fn: lambda *qkv: fn(*qkv, seen.expand(2, -1, -1))
+    return of(ops.cached_attention), of(plain_cached_attention), args
+
+
+LEAF = randn(64, 48), randn(64, 48, seed=1), randn(64, 48, seed=2), randn(64, 48, seed=3).square()
+UNDIFFERENTIABLE = {
+    "adamw": (fused_adamw(donate=False), plain_adamw, LEAF),
+    "adamw, donated": (fused_adamw(donate=True), plain_adamw, LEAF),
+    "cached_attention": cached_attention(6, 3, 8),
+    "cached_attention of many slots": cached_attention(300, 1, 32),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", UNDIFFERENTIABLE)
+def test_no_worse_than_plain_pytorch_where_nothing_is_differentiated(name, dtype):
+    fused, plain, args = UNDIFFERENTIABLE[name]
+    narrow = [x.to(dtype) for x in args]
+    results = fused(*narrow), plain(*narrow), plain(*(x.double() for x in narrow))
+    for got, eager, true in zip(*(y if isinstance(y, tuple) else (y,) for y in results), strict=True):
+        assert got.dtype == dtype
+        error = lambda y: (y.double() - true).abs().max()  # noqa: B023
+        assert error(got) <= 2 * error(eager) + torch.finfo(dtype).eps * true.abs().max()
+
+
 @named
 def test_vmap_is_a_loop(name):
     """Whichever arguments have the axis, and wherever; what is shared gets a gradient for each item."""

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from kernels import ascend_graph
+from kernels import ascend, ascend_graph, reference
 from lumina_fn import decode, model, programs, train
 from lumina_fn.config import ModelConfig
 from tests.ascend.npu_sim import NpuSim
 
 CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
-# AdamW's first step divides each gradient by its own size. Where that is about eps, rounding becomes part of the step: parameters
-# are compared at a small rate, and gradients, in the first moment, beside them.
-OPT = train.AdamW(1e-6, decay=0.1, clip=1.0)
+# AdamW's first step divides each gradient by its own size and eps. This eps is so large that the division magnifies no rounding,
+# and this rate that a fault of the update is seen.
+OPT = train.AdamW(1e-3, eps=1e-3, decay=0.1, clip=1.0)
 B, T, SLOTS = 2, 12, 16
 
 
@@ -82,6 +82,20 @@ def test_a_step_is_the_cpus(packed, options, record_property):
     assert far(got.params, want.params) < 2e-7
     assert relative(got.mu, want.mu) < 3e-6
     assert relative(got.nu, want.nu) < 6e-6
+
+
+def undecayed(*args: Any) -> Any:
+    """One leaf's update with an argument, decay, left out."""
+    return reference.adamw_of_leaf(*args[:-1], 0.0)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_without_decay_would_be_found(donate, monkeypatch):
+    monkeypatch.setattr(ascend, "adamw_of_leaf", undecayed)
+    step, state = train.make_train_step(CFG, OPT, donate=donate), train.init_state(params(), OPT)
+    want, _ = step(on("cpu", state), batch(packed=False))
+    (got, _), _ = simulated(step, state, batch(packed=False))
+    assert far(got.params, want.params) > 2e-6
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
