@@ -2,7 +2,8 @@
 
     python -m lumina_fn.export MODEL OUT --what forward|step|decode --target cpu|npu
 
-OUT holds one .pt2 for each bucket of sizes, and report.json, which names inputs, outputs and ops. Of MODEL only the sizes in
+OUT holds one .pt2 for each bucket of sizes, and report.json, which names inputs, outputs and ops, and of each size that is not
+fixed the least and the largest. Of MODEL only the sizes in
 its config.json are read.
 """
 
@@ -62,6 +63,7 @@ def save(exported: Exported, path: Path) -> dict[str, Any]:
     counts = Counter(str(node.target) for node in program.graph.nodes if isinstance(node.target, OpOverload))
     return {
         "file": path.name,
+        "sizes": {str(name): [int(some.lower), int(some.upper)] for name, some in program.range_constraints.items()},
         "parameters": sum(
             values[node].numel()
             for name, node in zip(exported.inputs, spec.user_inputs, strict=True)
@@ -95,6 +97,10 @@ def functions(cfg: ModelConfig, args: argparse.Namespace, dtype: torch.dtype) ->
         for b in args.batch
         for t in tokens
     }
+
+
+ONLY_STEP = ("packed", "remat", "devices", "strategy", "weight_decay", "clip", "z_weight")
+IGNORED = {"forward": ("tokens", *ONLY_STEP), "decode": ONLY_STEP, "step": ()}  # flags that a --what has no use for
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +145,11 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name in IGNORED[args.what]:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: --what {args.what} does not take it; leave it out")
     cfg, (target, usual) = checkpoint.read_config(args.model), TARGETS[args.target]
     if max(args.tokens or [1]) > cfg.max_positions:
         raise InputError(f"--tokens {max(args.tokens)}: {args.model} has {cfg.max_positions} positions; give no more")

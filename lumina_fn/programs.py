@@ -215,12 +215,19 @@ class _Places(TorchDispatchMode):
 
 
 def _place() -> str:
-    """The innermost line that is ours and calls what torch dispatches."""
-    for frame in reversed(traceback.extract_stack()[:-2]):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path != Path(__file__):
-            return f"{path.relative_to(ROOT)}:{frame.lineno} in {frame.name}"
-    return "outside of this project"
+    """The innermost line that is ours and calls what torch dispatches; one of a kernel or an op only where no model calls it."""
+    ours = [
+        (path.relative_to(ROOT), frame)
+        for frame in traceback.extract_stack()[:-2]
+        if (path := Path(frame.filename)).is_relative_to(ROOT)
+        and "site-packages" not in path.parts
+        and path != Path(__file__)
+    ]
+    of_model = [(path, frame) for path, frame in ours if path.parts[0] not in ("kernels", "ops")]
+    if not ours:
+        return "outside of this project"
+    path, frame = (of_model or ours)[-1]
+    return f"{path}:{frame.lineno} in {frame.name}"
 
 
 class _Flat(torch.nn.Module):
