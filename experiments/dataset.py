@@ -1,0 +1,170 @@
+"""Look at a dataset, before or after its pictures become tokens.
+
+    python -m experiments.dataset report FEATURES|DATA.json [--model DIR] [--vq DIR] [--data DATA.json] [--out DIR]
+    python -m experiments.dataset verify FEATURES --data DATA.json --vq DIR [--model DIR]
+
+report says what is in it; verify encodes some pictures again and compares. `report --help` and `verify --help` list the flags.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments import dataset_html, dataset_looks, dataset_report, dataset_verify, settings
+from experiments.dataset_looks import Look
+from experiments.settings import POSITIONAL, EnvCheck
+from lumina_fn import data, dataset, errors, files, images, prompt, vq
+from lumina_fn.errors import InputError
+
+T = TypeVar("T")
+Picture = Callable[[Look], Image.Image]  # of a row; raises InputError
+
+
+@dataclass(frozen=True)
+class Report:
+    source: Annotated[Path, "a folder that pretokenize wrote, or the rows that it reads (JSON or JSONL)", POSITIONAL]
+    data: Annotated[Path | None, "the rows that FEATURES were made from: prompts and pictures are theirs"] = None
+    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is the rows' own)"] = None
+    model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
+    vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
+    size: Annotated[int, "for DATA.json: the --size that pretokenize will be given"] = 768
+    samples: Annotated[int, "pictures shown, drawn at random"] = 12
+    seed: Annotated[int, "of that draw"] = 0
+    near: Annotated[bool, "look for near-duplicates; of FEATURES this reads or decodes every picture"] = True
+    distance: Annotated[int, "bits of 64 in which the difference hashes of near-duplicates may differ"] = 3
+    json: Annotated[Path | None, "file to write the numbers to"] = None
+    out: Annotated[Path | None, "folder to write report.txt, report.json and report.html to, must not exist"] = None
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    env_check: EnvCheck = "error"
+    overwrite: Annotated[bool, "replace an existing --out or --json"] = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    commands = {"report": (Report, report), "verify": (dataset_verify.Verify, dataset_verify.verify)}
+    if not words or words[0] not in commands:
+        found = f"found {words[0]!r}" if words else "found nothing"
+        raise InputError(f"expected report or verify as the first word, {found}; see --help")
+    kind, command = commands[words[0]]
+    return command(settings.parse(kind, __doc__, words[1:]))
+
+
+def report(run: Report) -> int:
+    is_features = run.source.is_dir()
+    _check(run, is_features)
+    inputs = [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
+    if run.out:
+        files.place(run.out, inputs)
+    looks, show = _features(run) if is_features else _rows(run)
+    done = [look for look in looks if look.reason is None]
+    drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
+    sampled = [done[i] for i in sorted(drawn.tolist())] if show else []
+    kind = "features" if is_features else "data"
+    found = dataset_report.summary(str(run.source), kind, looks, run.distance, sampled)
+    text, numbers = dataset_report.text(found) + "\n", json.dumps(found, indent=1) + "\n"
+    if run.json:
+        files.write_atomic(run.json, numbers)
+    if run.out:
+        by_row = {look.row: look for look in looks}
+        pictures = {row: _shown(show, by_row[row]) for row in dataset_html.shown_rows(found)}
+        with files.new_folder(run.out, run.overwrite) as folder:
+            (folder / "report.txt").write_text(text, encoding="utf-8")
+            (folder / "report.json").write_text(numbers, encoding="utf-8")
+            (folder / "report.html").write_text(dataset_html.page(found, pictures), encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+def _check(run: Report, is_features: bool) -> None:
+    wrong = {"data": run.data, "vq": run.vq} if not is_features else {"model": run.model}
+    for name, value in wrong.items():
+        if value:
+            raise InputError(
+                f"--{name}: not of use for {run.source}, which is {'a folder' if is_features else 'no folder'}; leave it out"
+            )
+    for name, least in (("samples", 0), ("seed", 0), ("distance", 0)):
+        if getattr(run, name) < least:
+            raise InputError(f"--{name} {getattr(run, name)}: expected {least} or more")
+    if run.distance > 16:
+        raise InputError(f"--distance {run.distance}: expected at most 16; beyond, most pictures are alike")
+    if run.image_root and not run.image_root.is_dir():
+        raise InputError(f"--image-root {run.image_root}: no such folder")
+    if run.json and run.json.exists() and not run.overwrite:
+        raise InputError(f"--json {run.json}: the file exists; give a new place, or --overwrite to replace it")
+    images.crop_sizes(run.size)
+
+
+def _rows(run: Report) -> tuple[list[Look], list[Picture]]:
+    """Every row of DATA.json, and how its pictures are shown."""
+    rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
+    tokenizer = prompt.load_tokenizer(run.model) if run.model else None
+    looks = (dataset_looks.at_row(i, row, roots, run.size, tokenizer) for i, row in enumerate(rows))
+    return _watched(looks, len(rows)), [_source_pictures(roots, run.size)]
+
+
+def _features(run: Report) -> tuple[list[Look], list[Picture]]:
+    """Every row of a feature set's manifest, and how its pictures are shown: source and decoded side by side where both are there."""
+    features = data.FeatureSet(run.source)
+    manifest = dataset_looks.read_manifest(run.source, features)
+    show: list[Picture] = []
+    if run.data:
+        show.append(_source_pictures(_roots(run.data, run.image_root), features.origin.size))
+    if run.vq:
+        show.append(_decoded_pictures(run, features))
+    rows = dataset.read_rows(run.data) if run.data else None
+    looks = dataset_looks.at_features(features, manifest, rows, show[0] if show and run.near else None)
+    return _watched(looks, len(manifest)), show
+
+
+def _roots(path: Path, image_root: Path | None) -> list[Path]:
+    return [path.parent, *([image_root] if image_root else [])]
+
+
+def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
+    return lambda look: images.fit(images.open_image(dataset.find(look.file, roots)), size)
+
+
+def _decoded_pictures(run: Report, features: data.FeatureSet) -> Picture:
+    params, cfg = dataset_verify.same_vq(run.vq, features, settings.checked_device(run))
+    device = params.codebook.device
+
+    @torch.inference_mode()
+    def decoded(look: Look) -> Image.Image:
+        codes = torch.from_numpy(features.feature(look.item).codes.astype(np.int64))
+        return Image.fromarray(vq.pixels(vq.decode(params, codes[None].to(device), cfg))[0].cpu().numpy())
+
+    return decoded
+
+
+def _shown(show: Sequence[Picture], look: Look) -> list[Image.Image]:
+    """The row's pictures, as many as there are still."""
+    shown = []
+    for picture in show:
+        try:
+            shown.append(picture(look))
+        except InputError:  # a source that is gone by now; verify names it
+            continue
+    return shown
+
+
+def _watched(looks: Iterable[T], count: int) -> list[T]:
+    """All of them. Progress is shown on a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        return list(progress.track(looks, total=count, description="looking at rows"))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,129 @@
+"""Encode some pictures of a feature set again, and compare: did a source change, do codes and captions still say the same?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from experiments import dataset_looks, settings
+from experiments.settings import POSITIONAL, EnvCheck
+from lumina_fn import checkpoint, data, dataset, images, prompt, vq
+from lumina_fn.config import VQConfig
+from lumina_fn.errors import InputError, printable
+from lumina_fn.prompt import Tokenizer
+
+
+@dataclass(frozen=True)
+class Verify:
+    features: Annotated[Path, "a folder that pretokenize wrote", POSITIONAL]
+    data: Annotated[Path, "the rows that it was made from (JSON or JSONL), next to their pictures"]
+    vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
+    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
+    model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
+    n: Annotated[int, "pictures, drawn at random"] = 64
+    seed: Annotated[int, "of that draw"] = 0
+    allow: Annotated[float, "share of a picture's codes that may differ: another device rounds differently"] = 0.0
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    env_check: EnvCheck = "error"
+
+
+class Compared(NamedTuple):
+    codes: int
+    equal: int
+    fault: str | None
+
+
+def verify(run: Verify) -> int:
+    """0 if the sample is the same, 1 if not; a line for every row that is not."""
+    if run.n < 1:
+        raise InputError(f"--n {run.n}: expected at least 1")
+    if run.seed < 0:
+        raise InputError(f"--seed {run.seed}: expected 0 or more")
+    if not 0 <= run.allow < 1:
+        raise InputError(f"--allow {run.allow}: expected a share from 0 to below 1")
+    if run.image_root and not run.image_root.is_dir():
+        raise InputError(f"--image-root {run.image_root}: no such folder")
+    features = data.FeatureSet(run.features)
+    done = [e for e in dataset_looks.read_manifest(run.features, features) if e["status"] == "done"]
+    rows = dataset.read_rows(run.data)
+    tokenizer = _same_tokenizer(run.model, features) if run.model else None
+    params, cfg = same_vq(run.vq, features, settings.checked_device(run))
+    roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
+    sample = sorted(np.random.default_rng(run.seed).permutation(len(features))[: run.n].tolist())
+    total, faults = Compared(0, 0, None), 0
+    for item in sample:
+        entry = done[item]
+        row = rows[entry["row"]] if entry["row"] < len(rows) else None
+        found = _compare(entry, row, roots, features, item, params, cfg, tokenizer, run.allow)
+        total = Compared(total.codes + found.codes, total.equal + found.equal, None)
+        if found.fault:
+            faults += 1
+            print(printable(f"row {entry['row']} ({entry['file']}): {found.fault}"))
+    share = f"{total.equal / total.codes:.4%} of {total.codes} codes" if total.codes else "no codes compared"
+    print(
+        f"{len(sample) - faults} of {len(sample)} rows are the same ({1 - faults / len(sample):.1%}); {share} are equal"
+    )
+    return 1 if faults else 0
+
+
+def same_vq(path: Path, features: data.FeatureSet, device: torch.device) -> tuple[vq.Params, VQConfig]:
+    """The MoVQGAN there, on the device. Raises InputError if another one made the features."""
+    params, cfg = checkpoint.load_vq(path)
+    if (found := data.fingerprint(params)) != features.origin.vq:
+        raise InputError(
+            f"--vq {path}: its fingerprint is {found[:12]}, the features were made with {features.origin.vq[:12]}; give the one that made them"
+        )
+    return pytree.tree_map(lambda t: t.to(device), params), cfg
+
+
+def _same_tokenizer(path: Path, features: data.FeatureSet) -> Tokenizer:
+    tokenizer = prompt.load_tokenizer(path)
+    if tokenizer.fingerprint != features.origin.tokenizer:
+        raise InputError(
+            f"--model {path}: its tokenizer's fingerprint is {tokenizer.fingerprint[:12]}, the features were made with "
+            f"{features.origin.tokenizer[:12]}; give the model that they were made for"
+        )
+    return tokenizer
+
+
+def _compare(
+    entry: dict,
+    value: Any,
+    roots: Sequence[Path],
+    features: data.FeatureSet,
+    item: int,
+    params: vq.Params,
+    cfg: VQConfig,
+    tokenizer: Tokenizer | None,
+    allow: float,
+) -> Compared:
+    changed = lambda why: Compared(0, 0, why)
+    try:
+        row = dataset.row(value)
+        if row.file != entry["file"]:
+            return changed(f"the row names {row.file} now")
+        path = dataset.find(row.file, roots)
+        image = images.open_image(path)
+        if (digest := dataset_looks.digest(path)) != entry["sha256"]:
+            return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
+        fitted = images.fit(image, features.origin.size)
+    except InputError as error:
+        return changed(f"the source cannot be read now: {error}")
+    feature = features.feature(item)
+    height, width = feature.codes.shape
+    if tokenizer and feature.text not in [
+        prompt.prompt_ids(tokenizer, row.prompt, 8 * width, 8 * height, with_size) for with_size in (True, False)
+    ]:
+        return changed("the caption is not the one that was encoded")
+    with torch.inference_mode():
+        tensor = images.to_tensor(fitted)[None].to(params.codebook.device)
+        codes = vq.encode(params, tensor, cfg)[0].cpu().numpy()
+    if codes.shape != feature.codes.shape:
+        return changed(f"{codes.shape} codes, it has {feature.codes.shape}")
+    differ = int((codes != feature.codes).sum())
+    fault = f"{differ} of {codes.size} codes differ" if differ > allow * codes.size else None
+    return Compared(codes.size, codes.size - differ, fault)
