@@ -34,7 +34,7 @@ def new_folder(dst: str | Path, overwrite: bool = False) -> Iterator[Path]:
             yield tmp
         with writable(dst):
             sync(tmp)
-            _take_place(tmp, dst, overwrite)
+            take_place(tmp, dst, overwrite)
         sync_one(dst.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -145,7 +145,7 @@ def _remove_stale(dst: Path) -> None:
                 os.close(fd)
 
 
-def _take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
+def take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
     """One rename; with `overwrite` an exchange, so that `tmp` then names the old folder."""
     exchange = overwrite and dst.exists()
     if _renameat2(tmp, dst, _EXCHANGE if exchange else _NOREPLACE):

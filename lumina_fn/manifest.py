@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ LARGEST = 64 << 20  # bytes of a manifest or an index
 _TMP, _OLD = ".tmp", ".old"
 
 
-class Damaged(InputError):
-    """A checkpoint is not what was written."""
+class Unusable(InputError):
+    """A checkpoint that cannot be loaded, where an older one may be."""
+
+
+class Damaged(Unusable):
+    """A checkpoint is not what was written, or cannot be read."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -51,10 +56,12 @@ def shard(rank: int) -> str:
 
 def tidy(folder: Path) -> None:
     """Remove what killed runs left. Nobody may be writing there."""
-    if folder.is_dir():
-        for path in folder.iterdir():
+    if not folder.is_dir():
+        return
+    with files.writable(folder):
+        for path in list(folder.iterdir()):
             if path.name.startswith(".") and path.suffix in (_TMP, _OLD):
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def seal_shard(folder: Path, rank: int) -> None:
@@ -74,10 +81,9 @@ def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
     content = {"format": FORMAT, "step": step, **content, "indices": indices}
     digest = hashlib.sha256(_text(content)).hexdigest()
     files.write_atomic(tmp / MANIFEST, _text({"sha256": digest, "content": content}))
-    if final.exists():
-        _remove(final)
-    tmp.rename(final)
+    files.take_place(tmp, final, overwrite=True)
     files.sync_one(folder)
+    shutil.rmtree(tmp, ignore_errors=True)  # what had that name
 
 
 def prune(folder: Path, keep: int | None, every: int | None) -> None:
@@ -92,15 +98,16 @@ def set_aside(folder: Path, after: int) -> list[Path]:
     aside = []
     if not folder.is_dir():
         return aside
-    for step in [step for step in steps(folder) if step > after]:
-        names = (folder / f"{step}.aside{n or ''}" for n in count())
-        aside.append((folder / str(step)).rename(next(name for name in names if not name.exists())))
-    files.sync_one(folder)
+    with files.writable(folder):
+        for step in [step for step in steps(folder) if step > after]:
+            names = (folder / f"{step}.aside{n or ''}" for n in count())
+            aside.append((folder / str(step)).rename(next(name for name in names if not name.exists())))
+        files.sync_one(folder)
     return aside
 
 
 def read(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its state. InputError where there is none or a newer format; Damaged where it is not as written."""
+    """What a checkpoint's manifest says of its state. InputError where there is none, Unusable for a newer format, Damaged where it is not as written."""
     if not (folder / str(step)).is_dir():
         there = ", ".join(map(str, steps(folder))) or "none"
         raise InputError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
@@ -110,7 +117,7 @@ def read(folder: Path, step: int) -> dict[str, Any]:
     if not isinstance(content, dict) or whole.get("sha256") != hashlib.sha256(_text(content)).hexdigest():
         raise Damaged(f"{path} is damaged: its checksum differs")
     if content["format"] != FORMAT:
-        raise InputError(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}: use a newer version")
+        raise Unusable(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}: use a newer version")
     if content["step"] != step:
         raise Damaged(f"{path} is damaged: it belongs to step {content['step']}")
     return content
@@ -121,7 +128,9 @@ def check_shard(folder: Path, step: int, name: str, content: dict[str, Any]) -> 
     root, index = folder / str(step), f"{name}.json"
     _check_file(root / index, content["indices"].get(index))
     listed = _read_json(root / index)
-    if extra := sorted(set(_listed(root / name)) - listed.keys()):
+    with _readable(root / name):
+        found = _listed(root / name)
+    if extra := sorted(set(found) - listed.keys()):
         raise Damaged(f"{root / name / extra[0]} was not written with this checkpoint")
     for file, known in listed.items():
         _check_file(root / name / file, known)
@@ -157,12 +166,25 @@ def newest_good(folder: Path) -> int | None:
 
 
 def _check_file(path: Path, known: list | None) -> None:
-    if not path.is_file():
-        raise Damaged(f"{path} is missing")
-    if known is None or path.stat().st_size != known[0]:
-        raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes, not {known[0] if known else 'a place'}")
-    if list(_hashed(path)) != known:
-        raise Damaged(f"{path} is damaged: its checksum differs")
+    with _readable(path):
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        size = path.stat().st_size
+        if known is None or size != known[0]:
+            raise Damaged(f"{path} is damaged: it has {size} bytes, not {known[0] if known else 'a place'}")
+        if list(_hashed(path)) != known:
+            raise Damaged(f"{path} is damaged: its checksum differs")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """An OSError of the block, such as that of a failing disk, is Damaged, which names the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing") from error
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _hashed(path: Path) -> tuple[int, str]:
@@ -175,13 +197,12 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST:
-            raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes")
+    with _readable(path):
+        if (size := path.stat().st_size) > LARGEST:
+            raise Damaged(f"{path} is damaged: it has {size} bytes")
         data = path.read_bytes()
+    try:
         value = json.loads(data)
-    except FileNotFoundError as error:
-        raise Damaged(f"{path} is missing") from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: {printable(error)}") from error
     if not isinstance(value, dict) or _text(value) != data:  # a changed blank, say

@@ -21,7 +21,7 @@ from torch import Tensor
 from lumina_fn import files, manifest, model, names, orbax_bridge, sharding
 from lumina_fn.config import LUMINA_7B
 from lumina_fn.errors import InputError, printable
-from lumina_fn.manifest import Damaged
+from lumina_fn.manifest import Damaged, Unusable
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.tensor_files import Later
 from lumina_fn.train import TrainState
@@ -66,7 +66,10 @@ def save(
     tmp = manifest.unfinished(folder, step)
     _check_room(folder, parts * sum(leaf.nbytes for leaf in pytree.tree_leaves((state.params, state.mu, state.nu))))
     with files.writable(folder):
+        new = not folder.exists()
         tmp.mkdir(parents=True, exist_ok=True)
+        if new:
+            files.sync_one(folder.parent)
     content = {
         "parts": parts, "flat": mesh is not None, "dtype": str(pytree.tree_leaves(state.params)[0].dtype).removeprefix("torch."),
         "shapes": {path: list(shape) for path, shape in shapes(state.params).items()},
@@ -101,12 +104,13 @@ def save(
 
 def restore(
     folder: str | Path, step: int | None = None, mesh: Mesh | None = None, *, device: torch.device | str = "cpu",
-    like: model.Params | None = None,
+    like: model.Params | None = None, check: Callable[[dict[str, Any]], None] = lambda meta: None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """The state of a step (None: the last) and its meta, cut for this mesh, whatever mesh it was saved from.
 
     Only the files that this rank needs are read, after their checksums: Damaged, which names the file and the last checkpoint
-    that is good. InputError for no checkpoint, a newer format's, and one of other shapes than `like`.
+    that is good, as Unusable does for a newer format. InputError for no checkpoint, and one of other shapes than `like`. `check`
+    is called with the meta before any array is read, and refuses by raising.
     """
     folder = Path(folder).absolute()
     saved = manifest.steps(folder)
@@ -114,19 +118,21 @@ def restore(
         raise InputError(f"{folder} holds no checkpoint")
     step = saved[-1] if step is None else step
     try:
-        return _restore(folder, step, mesh, device, like)
-    except Damaged as error:
+        return _restore(folder, step, mesh, device, like, check)
+    except Unusable as error:
         good = manifest.newest_good(folder)
         advice = "no checkpoint there is good" if good is None else f"the last good one is {good}: --resume last-good"
-        raise Damaged(f"{error}; {advice}") from error
+        raise type(error)(f"{error}; {advice}") from error
 
 
 def _restore(
-    folder: Path, step: int, mesh: Mesh | None, device: torch.device | str, like: model.Params | None
-) -> tuple[TrainState, dict[str, Any]]:
+    folder: Path, step: int, mesh: Mesh | None, device: torch.device | str, like: model.Params | None,
+    check: Callable[[dict[str, Any]], None],
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     stored = Stored(folder, step)
     if like is not None and stored.shapes != shapes(like):
         raise InputError(f"{folder / str(step)} is a checkpoint of another model: its parameters have other shapes")
+    check(stored.content["meta"])
     device, part, parts = (device, 0, 1) if mesh is None else (mesh.device, mesh.part, mesh.shards[1])
 
     def cut(tree: str, number: int, unit: Any) -> Any:
@@ -206,9 +212,11 @@ class Stored:
             arguments = self._ocp.args.PyTreeRestore(
                 item=under(0), restore_args=under(self._ocp.RestoreArgs(restore_type=np.ndarray)), partial_restore=True
             )
-            read = self._reader.restore(self.folder / str(self.step) / manifest.shard(part), args=arguments)[tree][
-                _unit(number)
-            ]
+            path = self.folder / str(self.step) / manifest.shard(part)
+            try:
+                read = self._reader.restore(path, args=arguments)[tree][_unit(number)]
+            except (OSError, ValueError) as error:  # pruned, say, by the run that goes on
+                raise Damaged(f"{path} went away or changed while it was read") from error
             self._last = ((part, tree, number), [torch.from_numpy(read[name]).view(self.dtype) for name in pieces])
         return self._last[1]
 

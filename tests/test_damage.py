@@ -1,20 +1,25 @@
 """A checkpoint that is not what was written never loads, and a disk that does not take one harms none that is there."""
 
+import errno
 import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 
-from experiments import processes
-from lumina_fn import checkpoint, errors, manifest, model, sharding
+from experiments import processes, resuming
+from lumina_fn import checkpoint, errors, manifest, model, saved_state, sharding
 from lumina_fn.errors import InputError
-from tests.test_resume import TINY, assert_same_bits, cut, random_state
+from lumina_fn.manifest import Damaged
+from tests.test_resume import RUN, TINY, assert_same_bits, cut, finetune, inputs, random_state  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +69,6 @@ def swap(path: Path, pick: random.Random) -> None:
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
     other.write_bytes(content)
-
-
-def add(path: Path, pick: random.Random) -> None:
-    path.with_name(f"{path.name}x").write_bytes(path.read_bytes())
 
 
 HARMS: list[tuple[Callable[[Path, random.Random], None], int]] = [
@@ -127,9 +128,45 @@ def test_a_checkpoint_under_another_s_name_is_told(written, tmp_path):
         checkpoint.restore(folder)
 
 
+@pytest.mark.parametrize("name", ["MANIFEST.json", "shard_00001.json"])
+def test_a_folder_in_place_of_a_file_is_told(written, tmp_path, name):
+    folder = shutil.copytree(written, tmp_path / "harmed")
+    (folder / "2" / name).unlink()
+    (folder / "2" / name).mkdir()
+    with pytest.raises(Damaged, match=f"{name} (cannot be read|is missing).*the last good one is 1"):
+        checkpoint.restore(folder)
+    assert resuming.starting_step(folder, "last-good") == 1
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_told(written, monkeypatch):
+    hashed = manifest._hashed
+
+    def failing(path: Path) -> tuple[int, str]:
+        if path.parent.name == "d" and "2" in path.parts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hashed(path)
+
+    monkeypatch.setattr(manifest, "_hashed", failing)
+    with pytest.raises(Damaged, match=r"/d/\w+ cannot be read: Input/output error; the last good one is 1"):
+        checkpoint.restore(written)
+    assert resuming.starting_step(written, "last-good") == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_told(written, tmp_path):
+    """As it does where it is converted while its run goes on, and prunes."""
+    folder = shutil.copytree(written, tmp_path / "pruned")
+    stored = saved_state.Stored(folder, 2)
+    unit = lambda number: torch.empty(sum(leaf.numel() for leaf in pytree.tree_leaves(stored.units[number])))
+    stored.fill(unit(0), "params", 0, 0)
+    shutil.rmtree(folder / "2")
+    with pytest.raises(Damaged, match=r"2/shard_0000. went away or changed while it was read"):
+        stored.fill(unit(1), "params", 1, 0)
+
+
 def test_what_a_killed_run_left_is_not_listed_and_goes(written, tmp_path):
     folder = shutil.copytree(written, tmp_path / "left")
     (folder / "2").rename(folder / ".2.tmp")
+    (folder / ".9.tmp").write_text("a file")
     assert checkpoint.steps(folder) == [1]
     manifest.tidy(folder)
     assert [p.name for p in folder.iterdir()] == ["1"]
@@ -177,11 +214,36 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
     assert_same_bits(checkpoint.restore(folder)[0], state)
 
 
+WITHOUT_ROOM = "from lumina_fn import saved_state; saved_state.ROOM = -(1 << 40)"  # found full only while it is written
+
+
+@pytest.mark.parametrize("first", ["", WITHOUT_ROOM], ids=["before", "meanwhile"])
+def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, first):  # noqa: F811
+    out = mounted("size=80m") / "run"
+    finetune(inputs, out, "--compile", "off", "--steps", 6, "--save-every", 3)
+    free = shutil.disk_usage(out).free
+    (out.parent / "other").write_bytes(bytes(free - (32 << 10) if first else 32 << 20))
+    flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 20, "--save-every", 3]
+    command = f"{first}\nfrom experiments import distributed, finetune\ndistributed.run(finetune.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *map(str, flags)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert ("no space left; the last one there is 6" if first else "MB are free: make room") in line
+    assert "Traceback" not in done.stderr
+    assert checkpoint.verify(out / "checkpoints") == dict.fromkeys([3, 6])
+
+
 def test_a_disk_that_may_not_be_written_is_said(mounted, monkeypatch):
     folder = mounted("size=1m") / "checkpoints"
     monkeypatch.setattr("lumina_fn.saved_state.ROOM", 0)
     checkpoint.save(folder, 1, random_state(), {}).wait()
+    (folder / ".9.tmp").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
+    for change in (manifest.tidy, lambda folder: manifest.set_aside(folder, 0)):
+        with pytest.raises(InputError, match=r"cannot write .*[Rr]ead-only"):
+            change(folder)
     with pytest.raises(InputError, match=r"cannot write .*[Rr]ead-only"):
         checkpoint.save(folder, 2, random_state(), {}).wait()
     assert checkpoint.verify(folder) == {1: None}
