@@ -1,101 +1,121 @@
 """Turn a folder of pictures and captions into features to train on.
 
     python -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
+    torchrun --nproc_per_node 8 -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
 
-DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). Rows that cannot be used are listed with
-the reason in OUT/quarantine.jsonl.
+DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). OUT/manifest.jsonl says of every row what became of
+it; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl. The same command goes on where a run was ended, on
+any number of devices, and after rows were added to DATA.json: OUT becomes the same, to the byte, whatever came in between.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from jaxtyping import Float, Int
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from experiments import settings
+from experiments import claims, distributed, run_folder, settings
+from experiments.claims import Shard
+from experiments.distributed import ALONE, World
+from experiments.encoding import Encode, Prepared, Tally, encode_shards
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import checkpoint, data, dataset, errors, files, images, prompt, vq
+from lumina_fn import checkpoint, data, dataset, errors, files, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.shards import Feature, Origin, Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE
 
 SIZE_TEXT_PROBABILITY = 0.9  # of a prompt that says the picture's size
-WINDOW = 16  # batches read ahead, to find pictures of equal size
+MANIFEST, QUARANTINE, ORIGIN = "manifest.jsonl", "quarantine.jsonl", "origin.json"
 
 
 @dataclass(frozen=True)
 class Settings:
     data: Annotated[Path, 'JSON list or JSONL of {"file", "prompt"}', POSITIONAL]
-    out: Annotated[Path, "folder to write, must not exist", POSITIONAL]
+    out: Annotated[Path, "folder to write; what an earlier run left there is continued", POSITIONAL]
     model: Annotated[Path, "the model's folder; only its tokenizer is read"]
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
     size: Annotated[int, "pixels, a multiple of 32: pictures become about size x size, whatever their shape"] = 768
     image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
     seed: Annotated[int, "of the choice which prompts say the picture's size"] = 0
     batch: Annotated[int, "pictures encoded at once"] = 8
-    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    shard: Annotated[int, "rows of a shard: what a process takes on at a time"] = shards.SHARD_ITEMS
+    workers: Annotated[
+        int | None, "threads of a process that read and cut pictures (default: its share of the cores)"
+    ] = None
+    retry: Annotated[bool, "try the rows again that were quarantined"] = False
+    device: Annotated[
+        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
+    ] = "auto"
     env_check: EnvCheck = "error"
-    overwrite: Annotated[bool, "replace an existing OUT"] = False
+    overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
-class Prepared(NamedTuple):
-    row: int
-    prompt: str
-    with_size: bool
-    image: Image.Image
-
-
-class Rejected(NamedTuple):
-    row: int
-    file: str | None
-    reason: str
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, world: World = ALONE) -> None:
     run = settings.parse(Settings, __doc__, argv)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, tokenizer)
-    device = settings.checked_device(run)
+    device = settings.checked_device(run, world.device, world.say)
     rows = dataset.read_rows(run.data)
-    files.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
-    with files.new_folder(run.out, run.overwrite) as folder:
-        vq_params, vq_cfg = checkpoint.load_vq(run.vq)
-        if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
-            raise InputError(
-                f"{run.vq}: {vq_cfg.codes} codes of {vq_cfg.downsampling} pixels; "
-                f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
-            )
-        origin = data.Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
-        encode = encoder(vq_params, vq_cfg, device)
-        roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
-        results = features(rows, lambda i, row: prepare(i, row, roots, tokenizer, run), encode, tokenizer, run.batch)
-        rejected: list[Rejected] = []
-        done = data.write_features(folder, _kept(results, len(rows), rejected), origin)
-        lines = [json.dumps(r._asdict()) + "\n" for r in rejected]
-        (folder / "quarantine.jsonl").write_text("".join(lines))
-    if not done:
+    out = files.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
+    vq_params, vq_cfg = checkpoint.load_vq(run.vq)
+    if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
+        raise InputError(
+            f"{run.vq}: {vq_cfg.codes} codes of {vq_cfg.downsampling} pixels; "
+            f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
+        )
+    origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
+    planned = plan(rows, origin, run.shard)
+    with run_folder.locked(out) if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            _begin(out, origin, planned, run)
+        world.barrier()
+        tally = _encode(run, world, out, rows, planned, tokenizer, encoder(vq_params, vq_cfg, device))
+        world.barrier()
+        busy, wall, done_here = (world.total(round(1000 * x)) / 1000 for x in (tally.busy, tally.wall, tally.rows))
+        if world.rank == 0:
+            rejected = _finish(out, origin, planned, rows, run)
+    if world.rank != 0:
+        return
+    if len(rejected) == len(rows):
         first = rejected[0]
         raise InputError(
             f"{run.data}: none of {len(rows)} rows could be used; row {first.row} ({first.file}): {first.reason}; "
-            f"all reasons are in {run.out / 'quarantine.jsonl'}"
+            f"all reasons are in {run.out / QUARANTINE}"
         )
-    print(errors.printable(f"{done} done, {len(rejected)} quarantined: {run.out}"))
+    rate = (
+        f"; {done_here * world.size / wall:.1f} pictures/s, the device was busy {busy / wall:.0%} of the time"
+        if done_here
+        else ""
+    )
+    print(errors.printable(f"{len(rows) - len(rejected)} done, {len(rejected)} quarantined: {run.out}{rate}"))
 
 
-def encoder(
-    params: vq.Params, cfg: VQConfig, device: torch.device
-) -> Callable[[Float[Tensor, "B 3 H W"]], Int[np.ndarray, "B h w"]]:
+def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
+    """The set's shards: rows in their order, `size` at a time, under names that tell what they are made from."""
+    told = []
+    for number, begin in enumerate(range(0, len(rows), size)):
+        part = range(begin, min(begin + size, len(rows)))
+        made_from = [shards.FORMAT, asdict(origin), begin, rows[begin : part.stop]]
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        told.append(Shard(number, shards.name(number, key), part))
+    return told
+
+
+def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
     params = pytree.tree_map(lambda t: t.to(device), params)
 
     @torch.inference_mode()
@@ -105,81 +125,133 @@ def encoder(
     return encode
 
 
-def prepare(index: int, value: Any, roots: Sequence[Path], tokenizer: Tokenizer, run: Settings) -> Prepared:
-    """Everything about a row that needs no model: a function of the row, its file and the settings. Raises InputError."""
-    row = dataset.row(value)
-    if problem := prompt.caption_problem(tokenizer, row.prompt):
-        raise InputError(problem)
-    image = images.fit(images.open_image(dataset.find(row.file, roots)), run.size)
-    prompt.check_size(tokenizer, *image.size)
-    content = hashlib.sha256(json.dumps([run.seed, row.file, row.prompt]).encode()).digest()
-    with_size = int.from_bytes(content[:8]) < SIZE_TEXT_PROBABILITY * 2**64
-    return Prepared(index, row.prompt, with_size, image)
-
-
-def features(
-    rows: Sequence[Any],
-    prepare: Callable[[int, Any], Prepared],
-    encode: Callable[[Tensor], np.ndarray],
-    tokenizer: Tokenizer,
-    batch: int,
-) -> Iterator[data.Feature | Rejected]:
-    """One result per row, in the rows' order; pictures of equal size are encoded together."""
-    for start in range(0, len(rows), WINDOW * batch):
-        window = range(start, min(start + WINDOW * batch, len(rows)))
-        prepared = [_attempt(prepare, i, rows[i]) for i in window]
-        codes = _codes([p for p in prepared if isinstance(p, Prepared)], encode, batch)
-        for p in prepared:
-            if isinstance(p, Prepared):
-                text = data.text_ids(tokenizer, p.prompt, codes[p.row], p.with_size)
-                yield data.Feature(p.row, text, codes[p.row])
-            else:
-                yield p
-
-
-def _attempt(prepare: Callable[[int, Any], Prepared], index: int, value: Any) -> Prepared | Rejected:
+def prepare(
+    index: int, value: Any, roots: Sequence[Path], tokenizer: Tokenizer, size: int, seed: int
+) -> Prepared | Rejected:
+    """Everything about a row that needs no model: a function of the row, its file and the settings."""
     try:
-        return prepare(index, value)
+        row = dataset.row(value)
+        if problem := prompt.caption_problem(tokenizer, row.prompt):
+            raise InputError(problem)
+        content = images.read(dataset.find(row.file, roots))
+        picture = images.decode(content)
+        image = images.fit(picture, size)
+        prompt.check_size(tokenizer, *image.size)
     except InputError as error:
         file = value.get("file") if isinstance(value, dict) else None
         return Rejected(index, file if isinstance(file, str) else None, str(error))
+    drawn = hashlib.sha256(json.dumps([seed, row.file, row.prompt]).encode()).digest()
+    with_size = int.from_bytes(drawn[:8]) < SIZE_TEXT_PROBABILITY * 2**64
+    text = prompt.prompt_ids(tokenizer, row.prompt, *image.size, with_size)
+    return Prepared(index, text, image, hashlib.sha256(content).digest(), picture.size)
 
 
-def _codes(prepared: list[Prepared], encode: Callable[[Tensor], np.ndarray], batch: int) -> dict[int, np.ndarray]:
-    """The codes [h w] of every row."""
-    by_size: dict[tuple[int, int], list[Prepared]] = {}
-    for p in prepared:
-        by_size.setdefault(p.image.size, []).append(p)
-    codes = {}
-    for same in by_size.values():
-        for i in range(0, len(same), batch):
-            part = same[i : i + batch]
-            encoded = encode(torch.stack([images.to_tensor(p.image) for p in part]))
-            codes |= {p.row: c for p, c in zip(part, encoded, strict=True)}
-    return codes
+def _encode(
+    run: Settings,
+    world: World,
+    out: Path,
+    rows: Sequence[Any],
+    planned: list[Shard],
+    tokenizer: Tokenizer,
+    encode: Encode,
+) -> Tally:
+    """This rank's part of the work, with progress on rank 0's terminal."""
+    roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
+    ready = lambda i: prepare(i, rows[i], roots, tokenizer, run.size, run.seed)
 
+    def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> None:
+        with files.writable(out):
+            shards.write(out / shard.name, features, rejected, tokenizer.ids)
 
-def _kept(results: Iterator[data.Feature | Rejected], count: int, rejected: list[Rejected]) -> Iterator[data.Feature]:
-    """The features; what is rejected goes to the list. Progress is shown on a terminal."""
+    workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for result in progress.track(results, total=count, description="pictures to tokens"):
-            if isinstance(result, Rejected):
-                rejected.append(result)
-            else:
-                yield result
+    missing = [shard for shard in planned if not (out / shard.name).exists()]
+    with (
+        Progress(console=console, disable=world.rank != 0 or not console.is_terminal) as progress,
+        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+    ):
+        warnings.simplefilter("ignore")
+        share = sum(len(shard.rows) for shard in missing) / world.size
+        bar = progress.add_task("pictures to tokens", total=share)
+        return encode_shards(
+            claims.claimed(out, planned, world.rank, world.size), ready, encode, write, batch=run.batch, workers=workers,
+            progress=lambda n: progress.advance(bar, n),
+        )  # fmt: skip
+
+
+def _begin(out: Path, origin: Origin, planned: list[Shard], run: Settings) -> None:
+    """OUT as this run needs it: new, or what an earlier run with the same settings left."""
+    with files.writable(out):
+        if run.overwrite and out.exists():
+            shutil.rmtree(out)
+        out.mkdir(exist_ok=True)
+        for path in filter(files.is_unfinished, list(out.iterdir())):
+            path.unlink()
+        made = json.dumps({**asdict(origin), "shard": run.shard}, indent=1) + "\n"
+        if (out / ORIGIN).exists():
+            _same(out, json.loads(made))
+        elif others := sorted(path.name for path in out.iterdir()):
+            raise InputError(
+                f"{out} is no feature set (it holds {others[0]}): give another place, or --overwrite to replace it"
+            )
+        else:
+            files.write_atomic(out / ORIGIN, made)
+        (out / claims.CLAIMS).mkdir(exist_ok=True)
+        if run.retry:
+            (out / shards.INDEX).unlink(missing_ok=True)  # unfinished until they are made again
+            for shard in planned:
+                if (out / shard.name).exists() and shards.read(out / shard.name).rejected:
+                    (out / shard.name).unlink()
+
+
+def _same(out: Path, now: dict[str, Any]) -> None:
+    """InputError where OUT was begun with other settings."""
+    try:
+        then = dict(json.loads((out / ORIGIN).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{out / ORIGIN} is damaged: give another place, or --overwrite to start afresh") from error
+    if wrong := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
+        raise InputError(
+            f"{out} was begun otherwise: {'; '.join(wrong)}; give another place, or --overwrite to start afresh"
+        )
+
+
+def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any], run: Settings) -> list[Rejected]:
+    """The index and the manifest over all shards; what belongs to an earlier state of the set is removed."""
+    read = [(shard.name, shards.read(out / shard.name)) for shard in planned]
+    name_of = {i: row.get("file") if isinstance(row, dict) else None for i, row in enumerate(rows)}
+    rejected = [r for _, content in read for r in content.rejected]
+    told = (
+        line
+        for name, content in read
+        for line in shards.manifest(name, content, name_of, lambda size: _crop(size, run.size))
+    )
+    with files.writable(out):
+        files.write_atomic(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in told))
+        files.write_atomic(out / QUARANTINE, "".join(json.dumps(r._asdict()) + "\n" for r in rejected))
+        shards.finish(out, origin, read)
+        kept = {MANIFEST, QUARANTINE, ORIGIN, *shards.names(out)}
+        claims.forget(out)
+        for path in list(out.iterdir()):
+            if path.name not in kept and path.suffix == ".safetensors":
+                path.unlink()
+    return rejected
+
+
+def _crop(source: tuple[int, int], target: int) -> dict[str, Any] | None:
+    how = images.cut(source, target)
+    return how and {"size": how.size, "cover": how.cover, "corner": how.corner}
 
 
 def _check(run: Settings, tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
-    if run.batch < 1:
-        raise InputError(f"--batch {run.batch}: expected at least 1")
-    if run.seed < 0:
-        raise InputError(f"--seed {run.seed}: expected 0 or more")
+    for name, least in (("batch", 1), ("seed", 0), ("shard", 1), ("workers", 1)):
+        if (value := getattr(run, name)) is not None and value < least:
+            raise InputError(f"--{name} {value}: expected at least {least}")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    distributed.run(main)

@@ -17,8 +17,8 @@ CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED}
 
 
 @contextmanager
-def held(out: Path, afresh: bool) -> Iterator[None]:
-    """OUT, made and locked by this process; what an earlier run left there stays, unless this one begins afresh."""
+def locked(out: Path) -> Iterator[None]:
+    """OUT is written by this process alone, while it lasts. Raises InputError that names the other one."""
     with files.writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         # The root has no name, and is never free.
@@ -34,13 +34,22 @@ def held(out: Path, afresh: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        yield
+
+
+@contextmanager
+def held(out: Path, resume: str, overwrite: bool) -> Iterator[bool]:
+    """OUT, made and locked by this process; whether the run begins afresh there, else what an earlier one left stays."""
+    with locked(out):
+        afresh = check(out, resume, overwrite)  # under the lock: a run that ended just now saved something
         with files.writable(out):
             if afresh and out.exists():
                 shutil.rmtree(out)
             out.mkdir(exist_ok=True)
+            files.sync_one(out.parent)
             for path in filter(files.is_unfinished, list(out.iterdir())):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
+        yield afresh
 
 
 def check(out: Path, resume: str, overwrite: bool) -> bool:

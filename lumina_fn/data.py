@@ -1,31 +1,25 @@
-"""Captions and codes to training items, items to batches, and the folder of shards that keeps the items in between."""
+"""Captions and codes to training items, items to batches, and the set of features that keeps the items in between."""
 
 import hashlib
-import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from jaxtyping import Int, Integer
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from lumina_fn import prompt
+from lumina_fn import prompt, shards
 from lumina_fn.errors import InputError
 from lumina_fn.loss import Batch
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
+from lumina_fn.shards import Feature
+from lumina_fn.vocab import IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
 
-FORMAT = "lumina_fn/features/1"
-INDEX = "features.json"
-SHARD_ITEMS = 4096  # 75 MB at 768 px
 _ORDER, _DROP = 1, 2  # what a generator is for; its key starts with it
 
 Item = tuple[list[int], list[int]]  # ids and labels, equally long
@@ -90,23 +84,6 @@ def batch(items: Sequence[Item], *, max_positions: int, multiple: int = 64) -> B
     return Batch(tokens, labels)
 
 
-class Feature(NamedTuple):
-    row: int  # in the input
-    text: list[int]  # ids before the picture
-    codes: Integer[np.ndarray, "h w"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a feature set was made with."""
-
-    size: int  # pixels of the target's side
-    seed: int  # of the prompt variants
-    ids: Ids
-    tokenizer: str  # fingerprint
-    vq: str  # fingerprint
-
-
 def fingerprint(tree: Any) -> str:
     """A hash of every tensor in a tree: shapes, dtypes and bits."""
     digest = hashlib.sha256()
@@ -116,121 +93,60 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def write_features(folder: Path, features: Iterable[Feature], origin: Origin) -> int:
-    """Shards and their index for `FeatureSet`; returns how many features came. A shard's worth is held in memory."""
-    features, shards, largest = iter(features), [], 0
-    while part := list(islice(features, SHARD_ITEMS)):
-        name = f"features-{len(shards):05d}.safetensors"
-        write_shard(folder / name, part)
-        shards.append({"file": name, "count": len(part)})
-        sizes = (origin.ids.size0 + max(f.codes.shape) // CODES_PER_PATCH for f in part)
-        largest = max(
-            largest, *sizes, *(max(f.text) for f in part), *(origin.ids.code0 + int(f.codes.max()) for f in part)
-        )
-    if shards:
-        largest = max(largest, origin.ids.start, origin.ids.end, origin.ids.newline, origin.ids.sep)
-    count = sum(s["count"] for s in shards)
-    index = {"format": FORMAT, "count": count, "largest_id": largest, "origin": asdict(origin), "shards": shards}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    return count
-
-
-def write_shard(path: Path, features: Sequence[Feature]) -> None:
-    """One file: per item its row, the lengths (text, h, w); and everybody's text ids and codes end to end."""
-    data = save(
-        {
-            "rows": np.array([f.row for f in features], np.int64),
-            "lengths": np.array([(len(f.text), *f.codes.shape) for f in features], np.int32),
-            "text": np.concatenate([np.array(f.text, np.int32) for f in features]),
-            "codes": np.concatenate([f.codes.astype(np.uint16).ravel() for f in features]),
-        }
-    )
-    path.write_bytes(data)  # save_file would hide a full disk in an error of its own
-
-
-class _Shard(NamedTuple):
-    file: Any  # an open safetensors file: slices are read from the mapped pages
-    rows: Int[np.ndarray, " n"]
-    shapes: Int[np.ndarray, "n 2"]
-    text_ends: Int[np.ndarray, " n"]
-    code_ends: Int[np.ndarray, " n"]
-
-
 class FeatureSet(Sequence[Item]):
-    """The items of a folder that `experiments.pretokenize` wrote, before caption drop, in input order; nothing is held in memory.
+    """The items of a folder that `experiments.pretokenize` wrote, before caption drop, in input order; their lengths alone are held in memory.
 
     Raises InputError for a folder that is no feature set or not whole.
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        path = folder / INDEX
-        try:
-            index = json.loads(path.read_bytes())
-            if index["format"] != FORMAT:
-                raise InputError(f"{path}: format {index['format']!r}, expected {FORMAT!r}")
-            origin = dict(index["origin"])
-            self.origin = Origin(**{**origin, "ids": Ids(**origin["ids"])})
-            self.largest_id: int = index["largest_id"]  # a model must have more ids than this
-            shards = [(folder / Path(s["file"]).name, s["count"]) for s in index["shards"]]
-            count = index["count"]
-            if any(
-                type(n) is not int
-                for n in (self.largest_id, *asdict(self.origin.ids).values(), *(n for _, n in shards))
-            ):
-                raise TypeError("ids and counts must be whole numbers")
-            if type(self.origin.tokenizer) is not str:
-                raise TypeError("a fingerprint must be text")
-        except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror}; expected a folder written by experiments.pretokenize"
-            ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{path}: not the index of a feature set: {error!r}; run experiments.pretokenize again"
-            ) from error
-        self._shards = [_open_shard(*s) for s in shards]
-        self._ends = list(accumulate(n for _, n in shards))
-        if count != len(self):
-            raise InputError(
-                f"{path}: its shards hold {len(self)} items, not {count}; run experiments.pretokenize again"
-            )
+        self.folder = Path(folder)
+        index = shards.read_index(self.folder)
+        self.origin, self.largest_id = index.origin, index.largest_id  # a model must have more ids than the largest
+        self._rows, self._lengths, self._entries = index.rows, index.lengths, index.entries
+        self._starts = [0, *accumulate(entry.count for entry in index.entries)]
+        sizes = (index.lengths[:, 0].astype(np.int64), index.lengths[:, 1].astype(np.int64) * index.lengths[:, 2])
+        self._ends = [
+            np.concatenate([[0], np.cumsum(n)]) for n in sizes
+        ]  # of texts and of codes, end to end over all shards
+        self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Item:
-        feature = self.feature(i)
-        return _item(feature.text, feature.codes, self.origin.ids)
+        text, codes = self.text_and_codes(i)
+        return _item(text.tolist(), codes, self.origin.ids)
 
     def feature(self, i: int) -> Feature:
         """What is stored of item i."""
+        text, codes = self.text_and_codes(i)
+        return Feature(int(self._rows[i]), text.tolist(), codes)
+
+    def text_and_codes(self, i: int) -> tuple[Int[np.ndarray, " T"], Integer[np.ndarray, "h w"]]:
+        """The ids before item i's picture, and the picture's codes."""
         i = range(len(self))[i]  # negative indices, IndexError
-        s = bisect_right(self._ends, i)
-        shard, j = self._shards[s], i - (self._ends[s - 1] if s else 0)
-        span = lambda ends: slice(int(ends[j - 1]) if j else 0, int(ends[j]))
-        text = shard.file.get_slice("text")[span(shard.text_ends)]
-        codes = shard.file.get_slice("codes")[span(shard.code_ends)]
-        return Feature(int(shard.rows[j]), text.tolist(), codes.reshape(*shard.shapes[j]))
+        s = bisect_right(self._starts, i) - 1
+        first = self._starts[s]
+        span = lambda ends: slice(int(ends[i] - ends[first]), int(ends[i + 1] - ends[first]))
+        text, codes = (
+            self._shard(s).get_slice(name)[span(ends)] for name, ends in zip(("text", "codes"), self._ends, strict=True)
+        )
+        return text, codes.reshape(self._lengths[i, 1:])
 
-    def lengths(self) -> Iterator[int]:
+    def _shard(self, s: int) -> Any:
+        if s not in self._open:
+            entry = self._entries[s]
+            counts = [[int(ends[self._starts[s + 1]] - ends[self._starts[s]])] for ends in self._ends]
+            file = shards.open_items(self.folder / entry.file)
+            if [file.get_slice(name).get_shape() for name in ("text", "codes")] != counts:
+                raise InputError(
+                    f"{self.folder / entry.file}: its items are not the index's; run experiments.pretokenize again"
+                )
+            self._open[s] = file
+        return self._open[s]
+
+    def lengths(self) -> Int[np.ndarray, " n"]:
         """Tokens of every item."""
-        for shard in self._shards:
-            text = np.diff(shard.text_ends, prepend=0)
-            sizes = zip(text.tolist(), shard.shapes.tolist(), strict=True)
-            yield from (n + image_length(h, w) + 1 for n, (h, w) in sizes)
-
-
-def _open_shard(path: Path, count: int) -> _Shard:
-    try:
-        file = safe_open(path, framework="np")
-        rows, lengths = file.get_tensor("rows"), file.get_tensor("lengths").astype(np.int64)
-        have = [file.get_slice(name).get_shape() for name in ("text", "codes")]
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {error}: the feature set is not whole; run experiments.pretokenize again") from error
-    texts, codes = np.cumsum(lengths[:, 0]), np.cumsum(lengths[:, 1] * lengths[:, 2])
-    if (len(rows), len(lengths)) != (count, count) or have != [[texts[-1]], [codes[-1]]]:
-        raise InputError(f"{path}: lengths disagree: the feature set is not whole; run experiments.pretokenize again")
-    return _Shard(file, rows, lengths[:, 1:], texts, codes)
+        text, h, w = self._lengths.astype(np.int64).T
+        return text + image_length(h, w) + 1

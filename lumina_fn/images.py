@@ -4,6 +4,7 @@ Every step is the reference's, down to Pillow's rounding: the cut is made in the
 so a palette picture is resized by nearest neighbour; EXIF rotation is not applied.
 """
 
+import io
 import os
 import stat
 import warnings
@@ -23,6 +24,7 @@ LARGEST_ASPECT = 4
 # Formats that Pillow decodes itself: others may start programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_PIXELS = 89_478_485  # of a file, before it is decoded: 256 MiB of RGB, Pillow's own bound
+MAX_BYTES = 1 << 30  # of a file: far more than MAX_PIXELS take
 MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
 LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
 
@@ -113,6 +115,11 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
 
 def open_image(path: Path) -> Image.Image:
     """The decoded picture; of an animation its first. Raises InputError for anything that is not one of bounded size."""
+    return decode(read(path))
+
+
+def read(path: Path) -> bytes:
+    """A picture's file. Raises InputError for what is no regular file of bounded size."""
     try:
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -125,16 +132,22 @@ def open_image(path: Path) -> Image.Image:
     with os.fdopen(fd, "rb") as file:
         if status.st_size == 0:
             raise InputError("the file has zero size")
-        return _decode(file)
+        if status.st_size > MAX_BYTES:
+            raise InputError(f"the file has {status.st_size} bytes, more than {MAX_BYTES}")
+        try:
+            return file.read(MAX_BYTES)
+        except OSError as error:
+            raise InputError(f"cannot read the file: {error.strerror}") from error
 
 
-def _decode(file) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
+    """The picture in a file's bytes, as `open_image` gives it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Image.init()
             image = Image.open(
-                file, formats=[f for f in FORMATS if f in Image.OPEN]
+                io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN]
             )  # WEBP and AVIF are optional in Pillow
             if 0 in image.size:
                 raise InputError(f"the picture has zero size ({image.width}x{image.height})")

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+N = TypeVar("N")
 IGNORE = -100  # label of a position that is not predicted
 PAD = 0  # id of a padded position; causality keeps it out of every prediction
 
@@ -46,8 +48,8 @@ def image_tokens(codes: Sequence[Sequence[int]], ids: Ids) -> list[int]:
     return [*tokens, ids.end]
 
 
-def image_length(height: int, width: int) -> int:
-    """Tokens of an image of height x width codes, `start` and `end` included."""
+def image_length(height: N, width: N) -> N:
+    """Tokens of an image of height x width codes, `start` and `end` included; of many, where these are arrays."""
     return 3 + height * (width + 1) + 1
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lumina_fn import checkpoint, data, model, prompt
+from lumina_fn import checkpoint, data, model, prompt, shards
 from lumina_fn.config import ModelConfig
 from lumina_fn.vocab import Ids
 from tests import folders
@@ -26,9 +26,9 @@ def write_features(folder: Path, tokenizer: Path, ids: Ids, /, count: int = 7, *
     known = prompt.load_tokenizer(tokenizer)
     rng = np.random.default_rng(0)
     codes = [rng.integers(0, CODES, (8, 4 + 4 * (i % 2))) for i in range(count)]
-    features = [data.Feature(i, data.text_ids(known, f"picture {i}", c, True), c) for i, c in enumerate(codes)]
+    features = [shards.Feature(i, data.text_ids(known, f"picture {i}", c, True), c) for i, c in enumerate(codes)]
     folder.mkdir()
-    data.write_features(folder, features, replace(data.Origin(64, 0, ids, known.fingerprint, "vq"), **changes))
+    shards.write_features(folder, features, replace(shards.Origin(64, 0, ids, known.fingerprint, "vq"), **changes))
     return folder
 
 

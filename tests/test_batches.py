@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumina_fn import batches, data, loss, model
+from lumina_fn import batches, data, loss, model, shards
 from lumina_fn.config import ModelConfig
 from lumina_fn.vocab import IGNORE, Ids
 
@@ -70,8 +70,8 @@ def features(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     rng = np.random.default_rng(0)
     codes = [rng.integers(0, IDS.codes, (4, 4 + 4 * (i % 3))) for i in range(N)]
-    origin = data.Origin(64, 0, IDS, "tokenizer", "vq")
-    data.write_features(folder, [data.Feature(i, [20 + i], c) for i, c in enumerate(codes)], origin)
+    origin = shards.Origin(64, 0, IDS, "tokenizer", "vq")
+    shards.write_features(folder, [shards.Feature(i, [20 + i], c) for i, c in enumerate(codes)], origin)
     return data.FeatureSet(folder)
 
 
@@ -122,8 +122,8 @@ def test_a_step_has_the_same_loss_on_any_number_of_ranks(features, size):
 
 
 def test_a_rank_reads_only_its_share(features, monkeypatch):
-    read, feature = [], data.FeatureSet.feature
-    monkeypatch.setattr(data.FeatureSet, "feature", lambda self, i: read.append(i) or feature(self, i))
+    read, stored = [], data.FeatureSet.text_and_codes
+    monkeypatch.setattr(data.FeatureSet, "text_and_codes", lambda self, i: read.append(i) or stored(self, i))
     stream = batches.training_batches(
         features, range(1), batch=BATCH, micro_batch=MICRO, max_positions=1000, end=2, seed=3, caption_drop=0.0,
         last="partial", rank=1, size=3,

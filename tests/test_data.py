@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from lumina_fn import data, prompt
+from lumina_fn import data, prompt, shards
 from lumina_fn.errors import InputError
 from lumina_fn.vocab import IGNORE, PAD
 
 TOKENIZER = prompt.load_tokenizer(Path(__file__).parent / "goldens" / "tokens" / "toy_tokenizer_bpe")
-ORIGIN = data.Origin(size=768, seed=0, ids=TOKENIZER.ids, tokenizer=TOKENIZER.fingerprint, vq="none")
+ORIGIN = shards.Origin(size=768, seed=0, ids=TOKENIZER.ids, tokenizer=TOKENIZER.fingerprint, vq="none")
 
 
 def features(sizes):
     random = np.random.default_rng(0)
     for row, size in enumerate(sizes):
         codes = random.integers(0, 16384, size)
-        yield data.Feature(2 * row, data.text_ids(TOKENIZER, f"cat {row}", codes, row % 2 == 0), codes)
+        yield shards.Feature(2 * row, data.text_ids(TOKENIZER, f"cat {row}", codes, row % 2 == 0), codes)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_ITEMS", 3)
-    data.write_features(tmp_path, features([(4, 8), (8, 4), (4, 4), (12, 4), (4, 4), (8, 8), (4, 4)]), ORIGIN)
+    monkeypatch.setattr(shards, "SHARD_ITEMS", 3)
+    shards.write_features(tmp_path, features([(4, 8), (8, 4), (4, 4), (12, 4), (4, 4), (8, 8), (4, 4)]), ORIGIN)
     return tmp_path
 
 
@@ -48,29 +48,38 @@ def test_items_come_back(folder):
 
 
 def test_at_most_2_2_bytes_per_token_at_768(tmp_path):
-    data.write_features(tmp_path, features([(96, 96)] * 10), ORIGIN)
+    shards.write_features(tmp_path, features([(96, 96)] * 10), ORIGIN)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size <= 2.2 * sum(data.FeatureSet(tmp_path).lengths())
 
 
+def shard(folder, number):
+    (path,) = folder.glob(f"features-{number:05d}-*")
+    return path
+
+
 def test_a_truncated_shard_is_an_input_error(folder):
-    shard = folder / "features-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-10])
+    path = shard(folder, 1)
+    path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match="features-00001"):
         data.FeatureSet(folder)
-    shard.unlink()
+    path.unlink()
     with pytest.raises(InputError, match="features-00001"):
         data.FeatureSet(folder)
 
 
-def test_shards_of_another_set_are_an_input_error(folder):
-    (folder / "features-00001.safetensors").write_bytes((folder / "features-00002.safetensors").read_bytes())
-    with pytest.raises(InputError, match="not whole"):
-        data.FeatureSet(folder)
+def test_a_shard_with_other_items_is_an_input_error(folder):
+    """Of the same size: it is seen once it is opened."""
+    path = shard(folder, 1)
+    more, less = [(len(f.text), f.codes.size) for f in features([(12, 4), (4, 4), (8, 8)])], path.stat().st_size
+    assert len(more) == 3
+    path.write_bytes(shard(folder, 0).read_bytes().ljust(less, b" ")[:less])
+    with pytest.raises(InputError, match="not whole|not the index's"):
+        list(data.FeatureSet(folder))
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", "[" * 100_000, '{"format": "other"}', '{"format": "lumina_fn/features/1"}']
+    "text", ["{", "[]", "{}", "[" * 100_000, '{"format": "other"}', '{"format": "lumina_fn/features/2"}']
 )
 def test_a_folder_that_is_no_feature_set_is_an_input_error(folder, text):
     (folder / "features.json").write_text(text)
@@ -81,20 +90,23 @@ def test_a_folder_that_is_no_feature_set_is_an_input_error(folder, text):
         data.FeatureSet(folder)
 
 
-@pytest.mark.parametrize("change", [{"largest_id": "9"}, {"largest_id": math.nan}, {"count": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"largest_id": "9"}, {"largest_id": math.nan}, {"count": 1.0}, {"count": 8}, {"items": 5}]
+)
 def test_an_index_with_odd_numbers_is_an_input_error(folder, change):
     index = json.loads((folder / "features.json").read_text())
     (folder / "features.json").write_text(json.dumps(index | change))
-    with pytest.raises(InputError, match=r"features\.json"):
+    with pytest.raises(InputError, match=r"features\.json|index-"):
         data.FeatureSet(folder)
 
 
 def test_an_index_cannot_name_files_elsewhere(folder):
     index = json.loads((folder / "features.json").read_text())
     (folder / "inner").mkdir()
-    index["shards"][0]["file"] = f"../{folder.name}/inner/../features-00000.safetensors"
+    name = index["shards"][0]["file"]
+    index["shards"][0]["file"] = f"../{folder.name}/inner/../{name}"
     (folder / "features.json").write_text(json.dumps(index))
-    assert len(data.FeatureSet(folder)) == 7  # the base name alone counts
+    assert len(list(data.FeatureSet(folder))) == 7  # the base name alone counts
     index["shards"][0]["file"] = "/etc/passwd"
     (folder / "features.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="passwd"):

@@ -1,5 +1,6 @@
 """Pictures and captions in, features out: against the reference's tokens, and with every kind of bad row and bad call."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import pretokenize
+from experiments import pretokenize, run_folder
 from lumina_fn import checkpoint, data, dataset, errors, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.vocab import IGNORE, SEP_TEXT
+from tests import exactly_once
+from tests.exactly_once import contents
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODEL = GOLDENS / "tokens" / "toy_tokenizer_bpe"
@@ -282,6 +285,7 @@ def test_bad_calls_exit_2(tmp_path, call, picture, small_vq):
     picture("x.png")
     rows = [row("x.png")]
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "something").touch()
     (tmp_path / "broken.ckpt").write_bytes(b"nothing")
     bad = [
         ({"size": 100}, (), "multiple of 32"),
@@ -292,9 +296,11 @@ def test_bad_calls_exit_2(tmp_path, call, picture, small_vq):
         ({"model": small_vq}, (), "tokenizer.json"),
         ({"vq": tmp_path / "nowhere"}, (), "nowhere"),
         ({"vq": tmp_path / "broken.ckpt"}, (), "broken.ckpt"),
-        ({"out": tmp_path / "there"}, (), "exists"),
+        ({"out": tmp_path / "there"}, (), "no feature set (it holds something)"),
         ({}, ("--batch", 0), "--batch"),
         ({}, ("--seed", -1), "--seed"),
+        ({}, ("--shard", 0), "--shard"),
+        ({}, ("--workers", 0), "--workers"),
         ({}, ("--image-root", tmp_path / "nowhere"), "--image-root"),
         ({}, ("--device", "toaster"), "toaster"),
         ({}, ("--color", "blue"), "--color"),
@@ -337,7 +343,81 @@ def test_overwrite_replaces(tmp_path, call, picture):
     assert call([row("x.png")] * 2)[0] == 0
     assert call([row("x.png")], "--overwrite")[0] == 0
     assert len(data.FeatureSet(tmp_path / "out")) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out", "set"]
+
+
+def test_the_manifest_says_of_every_row_what_became_of_it(tmp_path, call, picture):
+    path = picture("a.png", (70, 64))
+    picture("b.png", seed=1)
+    assert call([row("a.png"), row("none.png"), row("b.png")], "--shard", 2) == (0, [])
+    first, second, third = (json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    assert first == {
+        "row": 0, "file": "a.png", "status": "done", "shard": first["shard"], "offset": 0, "length": 64,
+        "crop": {"size": [64, 64], "cover": [70, 64], "corner": [3, 0]}, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    assert (second["row"], second["status"], second["file"]) == (1, "quarantined", "none.png")
+    assert "no such file" in second["reason"]
+    assert (third["row"], third["status"], third["offset"], third["crop"]) == (2, "done", 0, None)
+    assert third["shard"] != first["shard"]
+
+
+def test_added_rows_extend_the_set_and_it_is_what_a_new_run_makes(tmp_path, call, picture):
+    rows = [row(picture(f"{i}.png", seed=i).name, f"cat {i}") for i in range(7)]
+    shard_of = lambda out: {p.name: p.stat().st_mtime_ns for p in out.glob("features-*")}
+    assert call(rows[:4], "--shard", 3) == (0, [])
+    before = shard_of(tmp_path / "out")
+    assert call(rows, "--shard", 3) == (0, [])
+    after = shard_of(tmp_path / "out")
+    kept = before.keys() & after.keys()
+    assert len(kept) == 1  # the full one
+    assert all(before[name] == after[name] for name in kept)
+    assert call(rows, "--shard", 3, out=tmp_path / "new") == (0, [])
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    assert call(rows, "--shard", 3) == (0, [])
+    assert shard_of(tmp_path / "out") == after  # nothing is done again
+
+
+def test_other_settings_do_not_mix(tmp_path, call, picture):
+    rows = [row(picture("x.png").name)]
+    assert call(rows) == (0, [])
+    before = contents(tmp_path / "out")
+    for flags, changes, says in ((("--seed", 1), {}, "seed was 0, is 1"), ((), {"size": 32}, "size was 64, is 32")):
+        code, (line,) = call(rows, *flags, **changes)
+        assert (code, says in line) == (2, True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_quarantined_rows_are_tried_again_when_asked(tmp_path, call, picture):
+    rows = [row("late.png"), row(picture("x.png").name)]
+    assert call(rows) == (0, [])
+    picture("late.png")
+    assert call(rows) == (0, [])
+    assert [r["row"] for r in quarantine(tmp_path / "out")] == [0]
+    assert call(rows, "--retry") == (0, [])
+    assert quarantine(tmp_path / "out") == []
+    assert len(data.FeatureSet(tmp_path / "out")) == 2
+
+
+def test_two_runs_do_not_write_one_set(tmp_path, call, picture):
+    rows = [row(picture("x.png").name)]
+    with run_folder.locked(tmp_path / "out"):
+        code, (line,) = call(rows)
+    assert code == 2
+    assert f"written by process {os.getpid()}" in line
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete"])
+def test_a_harmed_shard_is_named(tmp_path, call, picture, harm):
+    assert call([row(picture("x.png").name)]) == (0, [])
+    (path,) = (tmp_path / "out").glob("features-*")
+    path.write_bytes(path.read_bytes()[:-3]) if harm == "truncate" else path.unlink()
+    with pytest.raises(errors.InputError, match=path.name):
+        data.FeatureSet(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_killed_or_not_makes_the_same_set(tmp_path, monkeypatch):
+    exactly_once.main(240, 3, tmp_path, processes=(1, 3), shard=16)
 
 
 @pytest.mark.slow

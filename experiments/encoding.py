@@ -1,0 +1,113 @@
+"""Rows to shards, with the device kept busy: threads read and cut pictures, another stacks them, another writes, while it encodes."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from experiments.claims import Shard
+from lumina_fn import images
+from lumina_fn.shards import Feature, Rejected
+
+WINDOW = 16  # batches read ahead, to find pictures of equal size
+A, B = TypeVar("A"), TypeVar("B")
+
+Encode = Callable[[Float[Tensor, "B 3 H W"]], Int[np.ndarray, "B h w"]]
+
+
+class Prepared(NamedTuple):
+    """A row whose picture is cut and waits for its codes."""
+
+    row: int
+    text: list[int]
+    image: Image.Image
+    sha256: bytes
+    source: tuple[int, int]
+
+
+class Tally(NamedTuple):
+    rows: int
+    busy: float  # seconds in which the device encoded
+    wall: float  # seconds from the first row to the last shard
+
+
+def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
+    """fn of each item, in order, with up to `depth` of them under way or waiting."""
+    queue: deque[Future[B]] = deque()
+    for item in items:
+        queue.append(pool.submit(fn, item))
+        if len(queue) > depth:
+            yield queue.popleft().result()
+    while queue:
+        yield queue.popleft().result()
+
+
+def encode_shards(
+    claimed: Iterator[tuple[Shard, Callable[[], None]]], prepare: Callable[[int], Prepared | Rejected], encode: Encode,
+    write: Callable[[Shard, list[Feature], list[Rejected]], None], *, batch: int, workers: int, progress: Callable[[int], None],
+) -> Tally:  # fmt: skip
+    """Make every shard that is claimed; `progress` is told the rows that are done.
+
+    Pictures of equal size among WINDOW batches of rows of a shard are encoded together: a function of the shard alone.
+    """
+    begin, busy, rows, open_shards = time.perf_counter(), 0.0, 0, deque()
+
+    def all_rows() -> Iterator[int]:
+        for shard, release in claimed:
+            open_shards.append((shard, release))
+            yield from shard.rows
+
+    with ExitStack() as stack:
+        pool = lambda threads: stack.enter_context(ThreadPoolExecutor(threads))
+        readers, stacker, writer = pool(workers), pool(1), pool(1)
+        prepared = ahead(readers, prepare, all_rows(), WINDOW * batch)
+        writing: deque[Future[None]] = deque()
+        while first := next(prepared, None):
+            shard, release = open_shards.popleft()
+            of_shard = chain([first], islice(prepared, len(shard.rows) - 1))
+            features: list[Feature] = []
+            rejected: list[Rejected] = []
+            while window := list(islice(of_shard, WINDOW * batch)):
+                good = [p for p in window if isinstance(p, Prepared)]
+                rejected += [p for p in window if isinstance(p, Rejected)]
+                codes: dict[int, np.ndarray] = {}
+                for part, tensor in ahead(stacker, _stack, _groups(good, batch), 1):
+                    start = time.perf_counter()
+                    codes |= {p.row: c for p, c in zip(part, encode(tensor), strict=True)}
+                    busy += time.perf_counter() - start
+                features += [Feature(p.row, p.text, codes[p.row], p.sha256, p.source) for p in good]
+                rows += len(window)
+                progress(len(window))
+            writing.append(writer.submit(_written, write, shard, features, rejected, release))
+            while len(writing) > 1:  # a shard's worth waits at the most
+                writing.popleft().result()
+        for future in writing:
+            future.result()
+    return Tally(rows, busy, time.perf_counter() - begin)
+
+
+def _written(write: Callable, shard: Shard, features: list, rejected: list, release: Callable[[], None]) -> None:
+    write(shard, features, rejected)
+    release()
+
+
+def _groups(prepared: Sequence[Prepared], batch: int) -> Iterator[list[Prepared]]:
+    """Pictures of equal size, at most `batch` at a time."""
+    by_size: dict[tuple[int, int], list[Prepared]] = {}
+    for p in prepared:
+        by_size.setdefault(p.image.size, []).append(p)
+    for same in by_size.values():
+        yield from (same[i : i + batch] for i in range(0, len(same), batch))
+
+
+def _stack(part: list[Prepared]) -> tuple[list[Prepared], Float[Tensor, "B 3 H W"]]:
+    return part, torch.stack([images.to_tensor(p.image) for p in part])
