@@ -130,6 +130,21 @@ def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
     assert sum("no effect on a CPU" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("above", "flags", "expected"),
+    [(0, [], True), (1, [], False), (0, ["--no-remat"], False), (1, ["--remat"], True)],
+    ids=str,
+)
+def test_from_a_size_on_remat_is_the_default(call, monkeypatch, lm, above, flags, expected):
+    params, _ = checkpoint.load_model(lm)
+    size = sum(leaf.numel() for leaf in pytree.tree_leaves(params))
+    monkeypatch.setattr(finetune, "REMAT_FROM", size + above)
+    given, make = [], train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", lambda *args, **kw: given.append(kw["remat"]) or make(*args, **kw))
+    assert call("--steps", 1, *flags)[0] == 0
+    assert set(given) == {expected}
+
+
 def test_noise_is_measured_when_asked_for(call, tmp_path):
     call("--steps", 7, "--batch", 4, "--log-every", 5, "--noise-scale-every", 3)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.utils._pytree as pytree
+from torch._inductor.exc import InductorError
 from torch.func import grad
 from torch.nn import functional as F
 
+import ops
 from lumina_fn import model, optim, train
 from lumina_fn.config import ModelConfig
 from tests import transformer_goldens as goldens
@@ -121,16 +124,33 @@ def wide_rope(positions, cfg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{"compile": "blocks"}, {"compile": "blocks", "remat": True}, {"compile": "step"}], ids=str
-)
-def test_compiled_steps_equal_eager_ones(settings, monkeypatch):
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("compile", ["blocks", "step"])
+def test_compiled_steps_equal_eager_ones(compile, remat, monkeypatch):
     monkeypatch.setattr(model, "rope", wide_rope)
     data = batch(2, 2, 19)
     want, expected = run(3, data)
-    got, metrics = run(3, data, **settings)
+    got, metrics = run(3, data, compile=compile, remat=remat)
     assert worst(got, want) < 1e-11
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_remat_computes_again_is_not_merged_by_the_compiler(remat):
+    """Counted in the last graph of the whole step before code is made of it."""
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def look(graph):
+        seen.extend(node.target for node in graph.nodes)
+        raise Enough
+
+    with torch._inductor.config.patch(post_grad_custom_post_pass=look), pytest.raises(InductorError, match="Enough"):
+        run(1, batch(2, 19), compile="step", remat=remat)
+    assert seen.count(ops.attention_bwd) == TINY.layers
+    assert seen.count(ops.attention_fwd) == TINY.layers * (2 if remat else 1)
 
 
 def test_accumulation_equals_one_big_batch():

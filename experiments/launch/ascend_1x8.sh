@@ -5,6 +5,9 @@
 set -eu
 . "$(dirname "$0")/ascend_env.sh"
 
+# Machines, and which of them this is: one, unless the environment says otherwise. For more, ascend_2x8.sh tells what they need.
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
 # Where the processes meet: this machine, and a TCP port that is free on it. Two runs on one machine need different ports.
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 MASTER_PORT="${MASTER_PORT:-29500}"
@@ -13,5 +16,5 @@ MASTER_PORT="${MASTER_PORT:-29500}"
 SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
 
 # exec: Ctrl-C and a scheduler's signals reach torchrun itself.
-exec torchrun --nnodes 1 --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
-    --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"
+exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPUS_PER_NODE" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

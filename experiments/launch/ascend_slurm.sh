@@ -17,6 +17,8 @@ set -eu
 # Slurm runs a copy of this script: what lies beside it is found from the folder it was submitted in.
 . "${SLURM_SUBMIT_DIR:-.}/experiments/launch/ascend_env.sh"
 
+# Machines. Which of them each is needs no NODE_RANK: they get their numbers where they meet, by torchrun's c10d.
+NNODES="${NNODES:-$SLURM_NNODES}"
 # The first machine of the job, and a port of its own for each job that may share it.
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
@@ -25,6 +27,6 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
 
 # --kill-on-bad-exit: a machine that fails ends the job on all.
-exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$NPUS_PER_NODE" \
+exec srun --kill-on-bad-exit=1 torchrun --nnodes "$NNODES" --nproc_per_node "$NPUS_PER_NODE" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
     --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"
