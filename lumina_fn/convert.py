@@ -2,7 +2,8 @@
 
     python -m lumina_fn.convert SRC DST --to native|hf|mindspeed [--overwrite]
 
-SRC's kind is detected; a MoVQGAN .ckpt (or a folder with one) converts to native. Bytes go from file to file a chunk at a time,
+SRC's kind is detected: besides those three it may be what MindSpeed-MM's training saves (its folder of iter_NNNNNNN folders,
+or one of these: one file, torch_dist, torch_dcp). A MoVQGAN .ckpt (or a folder with one) converts to native. Bytes go from file to file a chunk at a time,
 so memory does not grow with the model.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lumina_fn import checkpoint, errors, files, hf_config, names, sources, tensor_files, torch_zip
+from lumina_fn import checkpoint, errors, files, hf_config, mindspeed, names, sources, tensor_files, torch_zip
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError, printable
 
@@ -33,11 +34,11 @@ def write_hf(folder: Path, source: sources.Source, report: Report) -> None:
 
 def write_mindspeed(folder: Path, source: sources.Source, report: Report) -> None:
     """What MindSpeed-MM loads, with the Hugging Face config and the tokenizer beside it; the iteration file comes last."""
-    file = folder / sources.RELEASE
+    file = folder / mindspeed.RELEASE
     file.parent.mkdir(parents=True)
     torch_zip.write(file, "model", _renamed(source), report)
     _write_config(folder, source)
-    (folder / sources.ITERATION).write_text("release")  # without a newline: their loader compares unstripped
+    (folder / mindspeed.ITERATION).write_text("release")  # without a newline: their loader compares unstripped
 
 
 def _renamed(source: sources.Source) -> dict[str, tensor_files.Source]:
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="a native, Hugging Face or MindSpeed release folder, a run's folder (its newest checkpoint), or a MoVQGAN .ckpt",
+        help="a native, Hugging Face or MindSpeed folder (release, or the newest iteration), a run's folder (its newest checkpoint), "
+        "or a MoVQGAN .ckpt",
     )
     parser.add_argument("dst", metavar="DST", help="the new folder")
     parser.add_argument("--to", required=True, choices=WRITERS, help="what DST becomes")

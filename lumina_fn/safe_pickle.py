@@ -1,12 +1,15 @@
 """Read the pickle inside a torch file without running it: no import, no call, no attribute is ever set.
 
 A pickle is a program for a small stack machine. Here is a machine that knows dicts, lists, numbers and strings, and the few
-records by which torch names a tensor (its rebuild functions and storages). Whatever else a file asks for (a class, a function,
-an object's state) becomes an `Inert` that only remembers the name.
+records by which torch names a tensor (its rebuild functions and storages). A caller may name classes whose objects it wants to
+see: they become a `Record` of what the file says about them. Whatever else a file asks for (a class, a function, an object's
+state) becomes an `Inert` that only remembers the name.
 """
 
 import pickletools
 import struct
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_BYTES = 8 << 20  # a 7.88B model's takes 50 KB
@@ -38,7 +41,19 @@ class Inert(NamedTuple):
     what: str
 
 
-_REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
+@dataclass(eq=False)  # as a dict's key it is compared by identity: nothing foreign is hashed
+class Record:
+    """An object of a class that the caller named: what it was called with, and its state. The class is never looked up."""
+
+    kind: Global
+    args: tuple
+    state: object = None
+
+
+_REBUILD_TENSOR = (
+    Global("torch._utils", "_rebuild_tensor_v2"),
+    Global("torch_npu.utils.storage", "_rebuild_npu_tensor"),  # the same four arguments first, storage on the CPU
+)
 _REBUILD_PARAMETER = (
     Global("torch._utils", "_rebuild_parameter"),
     Global("torch._utils", "_rebuild_parameter_with_state"),
@@ -52,26 +67,28 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def loads(data: bytes) -> object:
-    """The pickled value: dicts (entries with string keys only), lists, tuples, plain values, TensorRefs and Inerts.
+def loads(
+    data: bytes, records: Set[Global] = frozenset(), max_bytes: int = MAX_BYTES, max_ops: int = MAX_OPS
+) -> object:
+    """The pickled value: dicts (entries with string or Record keys only), lists, tuples, plain values, TensorRefs, Records, Inerts.
 
-    Raises ValueError if the pickle is malformed or larger than the two bounds above.
+    `records` names the classes that become Records. Raises ValueError if the pickle is malformed or larger than the bounds.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_BYTES}")
+    if len(data) > max_bytes:
+        raise ValueError(f"the pickle has {len(data)} bytes, more than {max_bytes}")
     try:
-        return _run(data)
+        return _run(data, records, max_ops)
     except (IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         raise ValueError(f"malformed pickle ({type(error).__name__})") from error
 
 
-def _run(data: bytes) -> object:
+def _run(data: bytes, records: Set[Global], max_ops: int) -> object:
     stack: list = []
     marked: list[list] = []
     memo: dict[int, object] = {}
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
-        if count > MAX_OPS:
-            raise ValueError(f"the pickle has more than {MAX_OPS} operations")
+        if count > max_ops:
+            raise ValueError(f"the pickle has more than {max_ops} operations")
         op = opcode.name
         if op in _VALUES:
             stack.append(arg)
@@ -124,12 +141,16 @@ def _run(data: bytes) -> object:
                     stack.append(Global(module, name) if type(module) is type(name) is str else Inert("a global"))
                 case "REDUCE":
                     args, function = stack.pop(), stack.pop()
-                    stack.append(_reduced(function, args))
-                case "BUILD":  # an object's state: the object stays what it is
-                    stack.pop()
-                    stack[-1]
-                case "NEWOBJ" | "NEWOBJ_EX":
-                    del stack[-(2 if op == "NEWOBJ" else 3) :]
+                    stack.append(_reduced(function, args, records))
+                case "BUILD":  # an object's state: but for a Record, the object stays what it is
+                    state = stack.pop()
+                    if type(stack[-1]) is Record:
+                        stack[-1].state = state
+                case "NEWOBJ":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(_record(function, args, records) or Inert("an object"))
+                case "NEWOBJ_EX":
+                    del stack[-3:]
                     stack.append(Inert("an object"))
                 case "BINPERSID":
                     stack.append(_storage(stack.pop()))
@@ -178,19 +199,25 @@ def _extend(target: object, items: list) -> None:
 
 def _update(target: object, items: list) -> None:
     if type(target) is dict:
-        target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
+        target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) in (str, Record))
 
 
-def _reduced(function: object, args: object) -> object:
+def _record(function: object, args: object, records: Set[Global]) -> Record | None:
+    return Record(function, args) if type(function) is Global and type(args) is tuple and function in records else None
+
+
+def _reduced(function: object, args: object, records: Set[Global]) -> object:
     if type(function) is not Global or type(args) is not tuple:
         return Inert("a call")
+    if record := _record(function, args, records):
+        return record
     if function == Global("collections", "OrderedDict"):
         return {}
-    if function == _REBUILD_TENSOR:
+    if function in _REBUILD_TENSOR:
         return _tensor(args)
     if function in _REBUILD_PARAMETER and args and type(args[0]) is TensorRef:
         return args[0]
-    if function == _REBUILD_TYPED and len(args) > 2 and args[0] == _REBUILD_TENSOR and type(args[2]) is tuple:
+    if function == _REBUILD_TYPED and len(args) > 2 and args[0] in _REBUILD_TENSOR and type(args[2]) is tuple:
         return _tensor(args[2])
     return Inert(f"{function.module}.{function.name}")
 

@@ -1,22 +1,31 @@
-"""Find out what lies in a folder (native, Hugging Face, MindSpeed release, a run's, MoVQGAN .ckpt) and check it, tensors unread."""
+"""Find out what lies in a folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it, tensors unread."""
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lumina_fn import hf_config, manifest, model, names, prompt, saved_state, torch_zip, vq, vq_config
+from lumina_fn import (
+    hf_config,
+    manifest,
+    mindspeed,
+    model,
+    names,
+    prompt,
+    saved_state,
+    torch_zip,
+    vq,
+    vq_config,
+    within,
+)
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import INDEX, Later, Stored, safetensors_header
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
+from lumina_fn.within import read_json
 
 FORMAT = "lumina_fn/1"
-ITERATION = "latest_checkpointed_iteration.txt"
-RELEASE = "release/mp_rank_00/model_optim_rng.pt"
-MAX_JSON = 64 << 20  # bytes
 COMPANIONS = (  # what travels with a model's weights, by name; nothing else is copied
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja", "generation_config.json",
@@ -59,22 +68,7 @@ def unmasked(config: dict | None, cfg: ModelConfig) -> dict | None:
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    return {name: _inside(folder, name) for name in COMPANIONS if (folder / name).exists()}
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; InputError for anything else."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing or not a regular file")
-    if path.stat().st_size > MAX_JSON:
-        raise InputError(f"{path} has more than {MAX_JSON} bytes: not a model's")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({printable(error)}): it is truncated or damaged") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value
+    return {name: within.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
 
 
 def _open(path: Path) -> Source:
@@ -82,9 +76,7 @@ def _open(path: Path) -> Source:
         raise InputError(f"{path} does not exist: give a model folder or a MoVQGAN .ckpt")
     if path.is_file():
         if path.suffix not in (".ckpt", ".pt", ".pth"):
-            raise InputError(
-                f"{path} is a file: give its folder (native, Hugging Face, MindSpeed release), or a MoVQGAN .ckpt"
-            )
+            raise InputError(f"{path} is a file: give its folder (native, Hugging Face, MindSpeed), or a MoVQGAN .ckpt")
         return _open_ckpt(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is not None and "format" in config:
@@ -94,11 +86,12 @@ def _open(path: Path) -> Source:
     weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
         return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
-    if (path / ITERATION).exists():
-        return _open_mindspeed(path, config)
+    if theirs := mindspeed.find(path):
+        source = _open_transformer(path, theirs.tensors, config, theirs.what)
+        return source._replace(remarks=source.remarks + theirs.remarks)
     checkpoints = sorted(path.glob("*.ckpt"))
     if len(checkpoints) == 1:
-        return _open_ckpt(_inside(path, checkpoints[0].name))
+        return _open_ckpt(within.file(path, checkpoints[0].name))
     found = (
         f"{len(checkpoints)} of these"
         if checkpoints
@@ -107,8 +100,8 @@ def _open(path: Path) -> Source:
         else "none"
     )
     raise InputError(
-        f"{path} is no model folder: expected config.json with safetensors (native, Hugging Face), {ITERATION} "
-        f"(MindSpeed release) or one MoVQGAN .ckpt, found {found}"
+        f"{path} is no model folder: expected config.json with safetensors (native, Hugging Face), {mindspeed.ITERATION} "
+        f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}"
     )
 
 
@@ -155,7 +148,7 @@ def _open_native(path: Path, config: dict) -> Source:
     return Source(f"a native {kind} folder", cfg, tensors, source, companions(path), [])
 
 
-def _open_transformer(path: Path, found: dict[str, Stored], config: dict | None, what: str) -> Source:
+def _open_transformer(path: Path, found: dict[str, Stored | Later], config: dict | None, what: str) -> Source:
     paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
     sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
     cfg, remarks = replace(LUMINA_7B, **sizes), []
@@ -165,23 +158,6 @@ def _open_transformer(path: Path, found: dict[str, Stored], config: dict | None,
         raise InputError(f"{path} is no Lumina-mGPT 2.0 transformer, as its tensors tell: {'; '.join(wrong)}")
     tensors, ignored = _matched(path, found, cfg, names.TRANSFORMER, ("model.vqmodel.",))
     return Source(what, _with_ids(cfg, path), tensors, config, companions(path), remarks + ignored)
-
-
-def _open_mindspeed(path: Path, config: dict | None) -> Source:
-    with (path / ITERATION).open("rb") as file:
-        iteration = file.read(64).strip()
-    if iteration != b"release":
-        raise InputError(
-            f"{path / ITERATION} says {printable(iteration.decode(errors='replace'))!r}; only `release` folders are read"
-        )
-    file = path / RELEASE
-    if (path / "release/mp_rank_01").exists():
-        raise InputError(f"{path} is split over several tensor-parallel ranks: merge them into mp_rank_00 first")
-    if not file.is_file() or not file.resolve().is_relative_to(_root(path)):
-        raise InputError(f"{file} is missing: the MindSpeed release folder is not whole")
-    found, other = torch_zip.state_dict(file, "model")
-    source = _open_transformer(path, found, config, "a MindSpeed release folder")
-    return source._replace(remarks=source.remarks + _ignored(other))
 
 
 def _open_ckpt(file: Path) -> Source:
@@ -197,11 +173,11 @@ def _ignored(keys: list[str]) -> list[str]:
 
 def _matched(
     where: Path,
-    found: dict[str, Stored],
+    found: dict[str, Stored | Later],
     cfg: ModelConfig | VQConfig,
     table: names.Table | None,
     ignorable: tuple[str, ...],
-) -> tuple[dict[str, Stored], list[str]]:
+) -> tuple[dict[str, Stored | Later], list[str]]:
     """The tree's tensors by tree path and remarks on ignored ones; InputError that lists all missing, unknown, misshapen ones.
 
     Their keys are tree paths where there is no table.
@@ -236,7 +212,7 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
         shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
         where = None
     else:
-        where = read_json(_inside(folder, INDEX)).get("weight_map")
+        where = read_json(within.file(folder, INDEX)).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise InputError(f"{folder / INDEX} has no weight_map of tensor and file names")
         shards = sorted(set(where.values()))
@@ -244,31 +220,13 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
             raise InputError(printable(f"{folder} lacks the files of its index: {', '.join(absent)}; get them"))
     found: dict[str, Stored] = {}
     for shard in shards:
-        header = safetensors_header(_inside(folder, shard))
+        header = safetensors_header(within.file(folder, shard))
         if where is not None:
             header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
         if twice := sorted(found.keys() & header.keys()):
             raise InputError(printable(f"{folder} holds tensors in two files: {', '.join(twice)}"))
         found |= header
     return found
-
-
-def _root(folder: Path) -> Path:
-    """What a folder's links may point into: itself, or the repository in Hugging Face's cache that it is a snapshot of."""
-    folder = folder.resolve()
-    return folder.parents[1] if folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir() else folder
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A regular file directly in the folder; a name or link that leads out of it is an InputError."""
-    path = folder / name
-    if Path(name).name != name or not name.isprintable() or not path.resolve().is_relative_to(_root(folder)):
-        raise InputError(
-            printable(f"{folder}: the file {name!r} lies outside of the folder; put the file itself there")
-        )
-    if not path.is_file():
-        raise InputError(f"{path} is missing or not a regular file")
-    return path
 
 
 def _with_ids(cfg: ModelConfig, folder: Path) -> ModelConfig:

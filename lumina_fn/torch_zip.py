@@ -1,13 +1,15 @@
 """torch's zip files (.pt, .ckpt): read without running their pickle or loading their tensors, written without holding them."""
 
 import collections
+import errno
 import io
 import math
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,42 +25,78 @@ _KINDS = {
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
+DTYPES = frozenset(_KINDS.values())
 _CLASSES = {dtype: getattr(torch, name) for name, dtype in _KINDS.items()}
 
 
 class _Bounded(io.FileIO):
-    """Refuses the one large read there could be, of an endless list of members."""
+    """Bytes begin .. begin + length of a file, as a file; it refuses the one large read there could be, of an endless list of members."""
+
+    def __init__(self, path: Path, begin: int = 0, length: int | None = None) -> None:
+        super().__init__(path, "r")
+        self.begin = begin
+        self.end = super().seek(0, io.SEEK_END) if length is None else begin + length
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = offset + {io.SEEK_SET: self.begin, io.SEEK_CUR: super().tell(), io.SEEK_END: self.end}[whence]
+        if place < self.begin:
+            raise OSError(errno.EINVAL, "a place before the beginning")
+        return super().seek(place) - self.begin
+
+    def tell(self) -> int:
+        return super().tell() - self.begin
 
     def read(self, size: int = -1) -> bytes:
         if size > safe_pickle.MAX_BYTES:
             raise zipfile.BadZipFile(f"it asks for {size} bytes at once")
-        return super().read(safe_pickle.MAX_BYTES if size < 0 else size)
+        size = safe_pickle.MAX_BYTES if size < 0 else size
+        return super().read(min(size, max(self.end - super().tell(), 0)))
 
 
 def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of the first of `keys` that is a dict in the file, else of the file itself; and its entries that are no tensors.
+    """The tensors of the first of `keys` that is a dict in the file, else of the file itself; and what else is in both.
 
     Nothing in the file is run. Raises InputError for a damaged file, a compressed member, or one whose tensors claim more bytes
     than the file has.
     """
+    with _archive(path) as (file, members, root):
+        if not isinstance(root, dict):
+            raise ValueError("it holds no dict of tensors")
+        key = next((key for key in keys if isinstance(root.get(key), dict)), None)
+        entries = root if key is None else root[key]
+        refs = {name: ref for name, ref in entries.items() if type(ref) is safe_pickle.TensorRef}
+        located = {}
+        found = {name: _stored(path, file, members, located, ref) for name, ref in refs.items()}
+    if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice: weights may be tied
+        raise InputError(f"{path}: its tensors claim more bytes than the file has: it is damaged or a bomb")
+    beside = [] if key is None else [name for name in root if name != key]
+    return found, [name for name in entries if name not in refs] + beside
+
+
+def tensor(path: Path, begin: int, length: int) -> Stored:
+    """The one tensor that torch.save wrote into bytes begin .. begin + length of a file; nothing there is run."""
+    with _archive(path, begin, length) as (file, members, root):
+        if type(root) is not safe_pickle.TensorRef:
+            raise ValueError(f"byte {begin} begins something that is no tensor")
+        return _stored(path, file, members, {}, root)
+
+
+@contextmanager
+def _archive(path: Path, begin: int = 0, length: int | None = None) -> Iterator[tuple[_Bounded, dict, object]]:
+    """The file, its members and the value of its pickle; whatever is wrong with them is an InputError."""
     try:
-        with _Bounded(path, "r") as file, zipfile.ZipFile(file) as archive:
+        with _Bounded(path, begin, length) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive)
             root = safe_pickle.loads(_bytes(file, members["data.pkl"]))
             if "byteorder" in members and _bytes(file, members["byteorder"]) != b"little":
                 raise ValueError("its numbers are not little endian")
-            if not isinstance(root, dict):
-                raise ValueError("it holds no dict of tensors")
-            entries = next((root[k] for k in keys if isinstance(root.get(k), dict)), root)
-            refs = {name: ref for name, ref in entries.items() if type(ref) is safe_pickle.TensorRef}
-            located = {}
-            found = {name: _stored(path, file, members, located, ref) for name, ref in refs.items()}
+            yield file, members, root
+    except InputError:
+        raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error) as error:
         old = "; files of torch < 1.6 must be saved again by a current torch"
         raise InputError(f"{path} cannot be read as a torch file ({error}): it is damaged, or not one{old}") from error
-    if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice: weights may be tied
-        raise InputError(f"{path}: its tensors claim more bytes than the file has: it is damaged or a bomb")
-    return found, [name for name in entries if name not in refs]
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -103,7 +141,7 @@ def _stored(
     strided = math.prod(ref.shape) and not _row_major(ref.shape, ref.stride)
     nbytes = extent * dtype.itemsize
     whole = nbytes == info.file_size
-    begin = located[storage.key] + ref.offset * dtype.itemsize
+    begin = file.begin + located[storage.key] + ref.offset * dtype.itemsize
     return Stored(path, begin, nbytes, ref.shape, dtype, ref.stride if strided else None, info.CRC if whole else None)
 
 

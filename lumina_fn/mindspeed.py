@@ -1,0 +1,110 @@
+"""Folders that MindSpeed-MM writes: the release folder of its converter, and the iterations that its training saves."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from lumina_fn import dcp, torch_zip, within
+from lumina_fn.errors import InputError, printable
+from lumina_fn.tensor_files import Later, Stored
+
+ITERATION = "latest_checkpointed_iteration.txt"
+RELEASE = "release/mp_rank_00/model_optim_rng.pt"
+
+_RANK, _WEIGHTS = "mp_rank_00", "model_optim_rng.pt"
+# What stands around a weight's own name, read in MindSpeed-MM at d675f5ca^ and in Megatron-LM core_v0.12.1:
+# - torch (mp_rank_00): nothing, lumina_model.py's state_dict_for_save_checkpoint starts below `Lumina.model`;
+# - torch_dcp: `model.`, the entry of checkpointing.py's generate_state_dict that the weights are in;
+# - torch_dist (pretrain.sh): `model.`, since MegatronModule.sharded_state_dict starts at `Lumina`; with use_fsdp1 also `module.`,
+#   since unwrap_model does not know the wrapper of fsdp1_patches.py;
+# - inside, what PyTorch's wrappers add where their own state_dict hooks do not run.
+_OUTER = re.compile(r"\A(?:module\.|model\.)+(?=model\.|lm_head\.)")
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# What stands beside the weights (Megatron-LM's generate_state_dict; `optim` as torch's own examples call it).
+_BESIDE = re.compile(
+    r"(?:chained_\d+\.)?(?:optimizer|optim|opt_param_scheduler|rng_state|rerun_state_machine\w*|args|iteration)(?:[./].*)?",
+    re.DOTALL,
+)
+
+
+class Found(NamedTuple):
+    what: str
+    tensors: dict[str, Stored | Later]  # by the weight's own name, Hugging Face's
+    remarks: list[str]
+
+
+def find(path: Path) -> Found | None:
+    """The weights that a folder's newest checkpoint, or the checkpoint that the folder is, holds; None where there is neither."""
+    if (path / ITERATION).exists():
+        folder, what = _newest(path)
+        if not folder.is_dir() or not folder.resolve().is_relative_to(within.root(path)):
+            there = ", ".join(sorted(p.name for p in path.glob("iter_*"))) or "none"
+            raise InputError(
+                printable(
+                    f"{path / ITERATION} names {folder.name}, which is missing or a link out of it (there are: {there}); give one's folder"
+                )
+            )
+    elif (path / dcp.METADATA).exists() or (path / _RANK).exists():
+        folder, what = path, "a MindSpeed checkpoint"
+    else:
+        return None
+    if (folder / dcp.METADATA).exists():
+        found, others = _distributed(folder, path)
+    else:
+        found, others = _one_file(folder, path)
+    return Found(what, _plain(folder, found), _ignored(others))
+
+
+def _newest(path: Path) -> tuple[Path, str]:
+    with (path / ITERATION).open("rb") as file:
+        text = file.read(64).strip()
+    if text == b"release":
+        return path / "release", "a MindSpeed release folder"
+    if not re.fullmatch(rb"[0-9]{1,18}", text):
+        raise InputError(
+            f"{path / ITERATION} says {printable(text.decode(errors='replace'))!r}; expected `release` or an iteration's number"
+        )
+    return path / f"iter_{int(text):07d}", f"iteration {int(text)} of a MindSpeed run"
+
+
+def _one_file(folder: Path, top: Path) -> tuple[dict[str, Stored], list[str]]:
+    if others := sorted(p.name for p in folder.glob("mp_rank_*") if p.name != _RANK):
+        raise InputError(
+            printable(
+                f"{folder} is split over several tensor- or pipeline-parallel ranks ({others[0]}): merge them into {_RANK} first"
+            )
+        )
+    if not (folder / _RANK).is_dir() or not (folder / _RANK).resolve().is_relative_to(within.root(top)):
+        raise InputError(f"{folder / _RANK} is missing: the MindSpeed folder is not whole")
+    return torch_zip.state_dict(within.file(folder / _RANK, _WEIGHTS, top), "model")
+
+
+def _distributed(folder: Path, top: Path) -> tuple[dict[str, Stored | Later], list[str]]:
+    if (folder / "metadata.json").exists():
+        backend = within.read_json(within.file(folder, "metadata.json", top)).get("sharded_backend")
+        if backend != "torch_dist":
+            raise InputError(
+                printable(f"{folder / 'metadata.json'} says sharded_backend {backend!r}; only torch_dist is read")
+            )
+    return dcp.tensors(folder, lambda key: not _BESIDE.fullmatch(key), top)
+
+
+def plain_key(key: str) -> str:
+    """The weight's own name, without what MindSpeed, Megatron and PyTorch put around it."""
+    return _OUTER.sub("", _WRAPPERS.sub("", key))
+
+
+def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored | Later]:
+    plain = {plain_key(key): tensor for key, tensor in found.items()}
+    if len(plain) != len(found):
+        twice = [key for key, n in Counter(map(plain_key, found)).items() if n > 1]
+        raise InputError(printable(f"{folder} holds tensors under two names: {', '.join(twice)}"))
+    return plain
+
+
+def _ignored(keys: Iterable[str]) -> list[str]:
+    groups = Counter(re.split("[./]", key, maxsplit=1)[0] for key in keys)
+    listed = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in groups.items())
+    return [f"ignored {groups.total()} entries beside the weights: {printable(listed)}"] if groups else []
