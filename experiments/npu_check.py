@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ops  # noqa: F401  (it registers torch.ops.lumina)
 from experiments import processes
-from kernels import bench, cases
+from kernels import bench, cases, npu
 from lumina_fn import decode, errors, model, programs, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.train import Batch, Packed
@@ -31,7 +31,6 @@ from ops import collectives
 CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
 OPT = train.AdamW(lr=1e-3, decay=0.1, clip=1.0)
 B, T, SLOTS = 2, 12, 16
-HALF = (torch.bfloat16, torch.float16)  # all that the device's attention over a cache takes
 WAIT = timedelta(minutes=5)  # for the other device
 
 
@@ -62,13 +61,13 @@ def run(checks: Sequence[Check], say: Callable[[str], None] = print) -> int:
 def of_ops(device: torch.device) -> list[Check]:
     """Every op in every dtype that the device takes."""
     sides = {"registered": torch.ops.lumina}
-    if importlib.util.find_spec("triton") and importlib.util.find_spec("triton.backends.ascend"):
+    if npu.triton_ascend():
         sides["triton"] = bench.triton_kernels()
     return [
         Check(f"{op}, {str(dtype).removeprefix('torch.')}, {side}", partial(_op, case, kernels, dtype, device))
         for side, kernels in sides.items()
         for op, case in cases.cases(cases.SIZES["tiny"]).items()
-        for dtype in (HALF if op == "cached_attention" else case.dtypes)
+        for dtype in case.dtypes
         if all(hasattr(kernels, call.kernel) for call in case.calls)
     ]
 
@@ -100,7 +99,11 @@ def of_the_model(device: torch.device) -> list[Check]:
         Check(name, partial(_same, partial(_stepped, options, rows), dtype, float32, device))
         for name, (rows, dtype, options) in kinds.items()
     ]
-    return [*steps, Check("decoding, bfloat16", partial(_same, _decoded, bfloat16, bfloat16, device))]
+    decodings = [
+        Check(f"decoding, {str(dtype).removeprefix('torch.')}", partial(_same, _decoded, dtype, dtype, device))
+        for dtype in (float32, bfloat16)
+    ]
+    return [*steps, *decodings]
 
 
 def params() -> model.Params:

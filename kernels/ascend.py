@@ -129,12 +129,24 @@ def _attention_bwd(dout, q, k, v, out, lse, mask: Tensor, mode: int) -> tuple[Te
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    if q.dtype == torch.float32:  # the fused op takes half types only
+        return _composed_attention(q, keys, values, seen)
     heads_first = (t.transpose(1, 2) for t in (q, keys, values))
     out, _ = npu.npu_fused_infer_attention_score(
         *heads_first, atten_mask=~seen[:, None], num_heads=q.shape[2], num_key_value_heads=keys.shape[2],
         scale=q.shape[3] ** -0.5, input_layout="BNSD",
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
+
+
+def _composed_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    shared = q.shape[2] // keys.shape[2]
+    # The query heads that share a key head become more queries of it, so that keys are never repeated.
+    queries = q.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B G R*T K]
+    scores = (queries @ keys.permute(0, 2, 3, 1)).unflatten(2, (shared, -1)) * q.shape[3] ** -0.5
+    scores = torch.where(seen[:, None, None], scores, torch.finfo(scores.dtype).min)
+    out = torch.softmax(scores, -1).flatten(2, 3) @ values.transpose(1, 2)
+    return out.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
 def write_cache(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ Implementations take turns, and a time is the median of its rounds. What an op m
 and must move (arguments and results, once) over its time is its rate, and that over the device's peak a part of it; the peak
 is measured first, by a product and a copy, and what stays in a cache may exceed it. Errors are parts of the largest number of
 an output, against the reference in float64, next to those of eager PyTorch in the same dtype. Memory is the most that PyTorch's
-allocator held at once above what was there before the call, results included.
+allocator held at once above what was there before the call, results included. Collectives (all_gather, reduce_scatter) are not
+timed here: that takes a launch on several devices.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from kernels import ascend, reference
+from kernels import ascend, npu, reference
 from kernels.cases import FLOATS, SIZES, Sizes, cases
 from kernels.measure import Peak, Side, in_turn, measured_peak, sides
 
@@ -47,6 +48,9 @@ class Row(NamedTuple):
     ratio: float  # of its time to the first implementation's, the median over rounds
     tflop_per_s: float
     gb_per_s: float
+    peak_tflops: float
+    peak_gbps: float
+    peak_source: str
     bound: str  # by the peak: "compute" or "memory"
     of_peak: float
     error: float
@@ -83,9 +87,14 @@ def missing(impl: str, device: torch.device) -> str | None:
             return f"it is for NPUs, and this is {device.type}"
         case "triton" if device.type == "cpu":
             return "it needs an accelerator, and this is a CPU"
+        case "triton" if device.type == "npu" and not npu.triton_ascend():
+            return "triton-ascend is not installed"
         case "triton" if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
     return None
+
+
+MEASURED, GIVEN = "measured", "given"  # where a peak is from
 
 
 def rows(op: str, some: Sequence[Side], times: Sequence[Sequence[float]], peak: Peak, **common: Any) -> list[Row]:
@@ -101,7 +110,7 @@ def rows(op: str, some: Sequence[Side], times: Sequence[Sequence[float]], peak: 
         made.append(
             Row(
                 op=op, part=call.part, impl=side.impl, ms=1e3 * median, ratio=ratio, tflop_per_s=call.flops / median / 1e12,
-                gb_per_s=side.bytes / median / 1e9, bound=bound, of_peak=at_peak[bound] / median, error=side.error,
+                gb_per_s=side.bytes / median / 1e9, peak_tflops=peak.flops / 1e12, peak_gbps=peak.bandwidth / 1e9, bound=bound, of_peak=at_peak[bound] / median, error=side.error,
                 eager_error=side.eager, peak_bytes=side.peak_bytes, **common,
             )
         )  # fmt: skip
@@ -120,6 +129,15 @@ def table(found: Sequence[Row]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     line = lambda row: f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
     return [line(head), f"|{'|'.join('-' * (width + 2) for width in widths)}|", *map(line, cells)]
+
+
+def caption(found: Sequence[Row]) -> list[str]:
+    """What the rates are parts of, and what was counted."""
+    peaks = {(row.device, row.dtype, row.peak_tflops, row.peak_gbps, row.peak_source) for row in found}
+    return [
+        *(f"Peak of {device}, {dtype}: {tflops:.3g} TFLOP/s and {gbps:.3g} GB/s, {source}." for device, dtype, tflops, gbps, source in sorted(peaks)),
+        "FLOP are those of matrix products, of causal attention the half that is needed.",
+    ]  # fmt: skip
 
 
 def write_csv(path: Path, found: Sequence[Row]) -> None:
@@ -147,7 +165,7 @@ def _parser() -> _Parser:
     parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, help="default: all that can run on the device")
     parser.add_argument("--shape", choices=SIZES, default="7b", help="the 7.88B model's widths (default), or a toy's")
     parser.add_argument("--tokens", type=_size, metavar="N", help="of a row and of a cache (default: 4096; tiny: 48)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32; on an NPU bfloat16")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "npu", "cuda"),
@@ -181,6 +199,10 @@ def _device(name: str, parser: _Parser) -> torch.device:
     if name != "auto":
         parser.error(f"--device {name}: torch finds none here")
     return torch.device("cpu")
+
+
+def dtypes(asked: list[str] | None, device: torch.device) -> list[str]:
+    return asked or ["bfloat16" if device.type == "npu" else "float32"]
 
 
 def _implementations(asked: Sequence[str] | None, device: torch.device, parser: _Parser) -> dict[str, Any]:
@@ -217,24 +239,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = _device(args.device, parser)
     impls = _implementations(args.impl, device, parser)
     found: list[Row] = []
-    for name in args.dtype:
+    for name in dtypes(args.dtype, device):
         dtype = DTYPES[name]
         peak = Peak(args.peak[0] * 1e12, args.peak[1] * 1e9) if args.peak else measured_peak(dtype, device)
-        _say(f"{device.type}, {name}: {peak.flops / 1e12:.3g} TFLOP/s and {peak.bandwidth / 1e9:.3g} GB/s at best")
         for op in args.ops or known:
             if dtype not in known[op].dtypes:
                 _say(f"{op}: left out, it is never in {name}")
                 continue
             some = sides(known[op], impls, dtype, device, lambda line, op=op: _say(f"{op}: {line}"))
             times = in_turn(some, device, args.repeat)
-            common = {"dtype": name, "device": device.type, "shape": args.shape, "tokens": sizes.tokens}
+            common = {
+                "dtype": name, "device": device.type, "shape": args.shape, "tokens": sizes.tokens,
+                "peak_source": GIVEN if args.peak else MEASURED,
+            }  # fmt: skip
             of_op = rows(op, some, times, peak, **common)
             for row in of_op:
                 _say(f"{row.op} {row.part}, {row.dtype}, {row.impl}: {row.ms:.3g} ms")
             found += of_op
     if not found:
         parser.error("nothing of what was asked for can run here")
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), "", *caption(found)]))
     if args.csv:
         write_csv(args.csv, found)
     return 0

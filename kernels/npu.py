@@ -3,9 +3,11 @@
 Without it, and for what they do not take, kernels.ascend's compositions run; these are also what a graph is made of.
 """
 
+import math
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +17,15 @@ from torch import Tensor
 from kernels import ascend
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEADS = 64  # of which all lie in a core's unified buffer at once; rung 6 plans them
+TILE = 64 * 128  # heads by their channels that lie in a core's unified buffer at once; rung 6 plans them
+
+
+@cache
+def triton_ascend() -> bool:
+    """Whether the triton that is installed is Ascend's: upstream's has no compiler for an NPU. Neither is imported."""
+    found = find_spec("triton")
+    folders = found.submodule_search_locations if found else None
+    return any((Path(folder) / "backends" / "ascend").is_dir() for folder in folders or ())
 
 
 @cache
@@ -25,11 +35,16 @@ def _kernels(name: str, there: bool) -> ModuleType:
 
 def _ours(name: str, fits: bool) -> ModuleType:
     """Our module of that name, imported when it is first needed: triton is slow to load, and no CPU has it."""
-    return _kernels(name, fits and find_spec("triton") is not None)
+    return _kernels(name, fits and triton_ascend())
 
 
 def _qk_norm_rotary(x: Tensor) -> ModuleType:
-    return _ours("kernels.triton_qk_norm_rotary", x.dtype in DTYPES and x.shape[2] <= HEADS)
+    return _ours("kernels.triton_qk_norm_rotary", x.dtype in DTYPES and _tile(x) <= TILE)
+
+
+def _tile(x: Tensor) -> int:
+    """Numbers of a token as the kernel holds them: sides of a tile are powers of two."""
+    return math.prod(1 << (n - 1).bit_length() for n in x.shape[2:])
 
 
 def qk_norm_rotary_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

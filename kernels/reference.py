@@ -86,6 +86,8 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B T H K] over k, v [B T G K]; the output [B T H K] and the log-sum-exp [B T H]."""
+    if q.device.type != "cpu":
+        return written_out_attention_fwd(q, k, v)
     q, k, v = (_heads_first(t) for t in (q, *_repeat(q, k, v)))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
@@ -94,12 +96,45 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type != "cpu":
+        return written_out_attention_bwd(dout, q, k, v, out, lse)
     wide_k, wide_v = _repeat(q, k, v)
     heads_first = [_heads_first(t) for t in (dout, q, wide_k, wide_v, out, lse)]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True)
     # A key head's gradient is the sum over the query heads it serves.
     dk, dv = (d.transpose(1, 2).unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))
     return dq.transpose(1, 2).contiguous(), dk.contiguous(), dv.contiguous()
+
+
+# Without the CPU's fused kernel, for devices that have none of that name: [B H T T] is held, in float32.
+def written_out_attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _causal_scores(q, k)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bhts,bshk->bthk", (scores - lse[..., None]).exp(), wide(_repeat(q, k, v)[1]))
+    return out.to(q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def written_out_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide_k, wide_v = map(wide, _repeat(q, k, v))
+    p, d = (_causal_scores(q, k) - lse.transpose(1, 2)[..., None]).exp(), wide(dout)
+    # What a row's softmax takes off each of its gradients.
+    level = (d * wide(out)).sum(-1).transpose(1, 2)[..., None]
+    dscores = p * (torch.einsum("bthk,bshk->bhts", d, wide_v) - level) * q.shape[-1] ** -0.5
+    dk, dv = (
+        torch.einsum("bhts,bthk->bshk", x, y).unflatten(2, (k.shape[2], -1)).sum(3)
+        for x, y in ((dscores, wide(q)), (p, d))
+    )
+    grads = (torch.einsum("bhts,bshk->bthk", dscores, wide_k), q), (dk, k), (dv, v)
+    return tuple(grad.to(x.dtype).contiguous() for grad, x in grads)
+
+
+def _causal_scores(q: Tensor, k: Tensor) -> Tensor:
+    """[B H T T] in float32, of each query head; later keys are hidden."""
+    at = torch.arange(q.shape[1], device=q.device)
+    scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(_repeat(q, k, k)[0])) * q.shape[-1] ** -0.5
+    return scores.masked_fill(at > at[:, None], -torch.inf)
 
 
 def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:

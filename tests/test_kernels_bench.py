@@ -1,16 +1,20 @@
 """python -m kernels.bench: every op is measured, what is said of it is counted, and mistakes are told in a line."""
 
 import csv
+import re
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import ascend, bench, reference
+from kernels import ascend, bench, npu, reference
 from kernels.cases import SIZES, cases, errors, expected
 
 CASES = cases(SIZES["tiny"])
+NPU = SimpleNamespace(type="npu")  # a torch.device of that name would have to be declared, for the whole process
 
 
 def test_every_op_is_measured_and_written_down(tmp_path, capsys):
@@ -26,8 +30,79 @@ def test_every_op_is_measured_and_written_down(tmp_path, capsys):
         assert float(row["ms"]) > 0
         assert float(row["ratio"]) == 1
         assert row["error"] == row["eager_error"]
-    assert capsys.readouterr().out.count("\n") == len(rows) + 2
+        assert row["peak_source"] == "measured"
+        at_peak = {"compute": ("tflop_per_s", "peak_tflops"), "memory": ("gb_per_s", "peak_gbps")}[row["bound"]]
+        assert float(row["of_peak"]) == pytest.approx(float(row[at_peak[0]]) / float(row[at_peak[1]]))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(rows) + 5
+    assert re.fullmatch(r"Peak of cpu, float32: \S+ TFLOP/s and \S+ GB/s, measured\.", out[-2])
+    assert "of causal attention the half" in out[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_a_peak_that_was_given_is_said_to_be(tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    flags = ["--impl", "reference", "--shape", "tiny", "--device", "cpu", "--repeat", "1"]
+    bench.main(["rms_norm", *flags, "--peak", "354", "1600", "--csv", str(file)])
+    for row in csv.DictReader(file.read_text().splitlines()):
+        assert (row["peak_tflops"], row["peak_gbps"], row["peak_source"]) == ("354.0", "1600.0", "given")
+    assert "Peak of cpu, float32: 354 TFLOP/s and 1.6e+03 GB/s, given." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_op_compiles(capsys):
+    """And comes out no further off than its bound; one that was left out would be missing."""
+    bench.main(["--impl", "reference", "compiled", "--shape", "tiny", "--device", "cpu", "--repeat", "1"])
+    said = capsys.readouterr()
+    whole = [
+        op for op in CASES if not any(call.kernel.endswith("_") for call in CASES[op].calls)
+    ]  # the others work in place
+    for op in whole:
+        assert said.out.count(f"| {op} ") == 2 * len(CASES[op].calls), said.err
+
+
+def test_an_output_that_lies_elsewhere_is_told_in_a_line(monkeypatch, capsys):
+    turned = SimpleNamespace(swiglu_fwd=lambda gate, up: reference.swiglu_fwd(gate, up).mT.contiguous().mT, swiglu_bwd=reference.swiglu_bwd)  # fmt: skip
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, "compiled", lambda: turned)
+    bench.main(["swiglu", "--shape", "tiny", "--device", "cpu", "--repeat", "1", "--impl", "reference", "compiled"])
+    said = capsys.readouterr()
+    assert (
+        "swiglu: compiled is left out: y is float32 [2, 48, 96] by [4608, 1, 48], expected float32 [2, 48, 96] by [4608, 96, 1]"
+        in said.err
+    )
+    assert "reference" in said.out
+
+
+def test_help_says_what_is_not_timed(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert "all_gather, reduce_scatter" in capsys.readouterr().out
+
+
+def test_an_npu_is_measured_in_bfloat16():
+    assert bench.dtypes(None, NPU) == ["bfloat16"]
+    assert bench.dtypes(None, torch.device("cpu")) == ["float32"]
+    assert bench.dtypes(["float16"], NPU) == ["float16"]
+
+
+def test_upstreams_triton_is_not_ascends(tmp_path, monkeypatch):
+    """Both are packages called triton: what differs is a backend."""
+    there = tmp_path / "triton" / "backends"
+    there.mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    npu.triton_ascend.cache_clear()
+    try:
+        assert not npu.triton_ascend()
+        assert bench.missing("triton", NPU) == "triton-ascend is not installed"
+        assert bench.missing("triton", torch.device("cuda")) is None
+        npu.triton_ascend.cache_clear()
+        (there / "ascend").mkdir()
+        assert npu.triton_ascend()
+        assert bench.missing("triton", NPU) is None
+    finally:
+        npu.triton_ascend.cache_clear()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from kernels import reference
@@ -241,6 +242,46 @@ def test_no_worse_than_plain_pytorch_where_nothing_is_differentiated(name, dtype
         assert got.dtype == dtype
         error = lambda y: (y.double() - true).abs().max()  # noqa: B023
         assert error(got) <= 2 * error(eager) + torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_attention_written_out_is_the_cpus(dtype):
+    """What a GPU runs, run here: the CPU's fused kernel has no name there."""
+    q, k, v, dout = (x.to(dtype) for x in (*qkv(2, 9, 4, 2, 8), randn(2, 9, 4, 8, seed=7)))
+    out, lse = reference.attention_fwd(q, k, v)
+    forward = reference.written_out_attention_fwd(q, k, v), (out, lse)
+    given = dout, q, k, v, out, lse
+    backward = reference.written_out_attention_bwd(*given), reference.attention_bwd(*given)
+    for got, want in (*zip(*forward, strict=True), *zip(*backward, strict=True)):
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+        torch.testing.assert_close(got, want, atol=8 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+
+
+class Names(TorchDispatchMode):
+    """Of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_elsewhere_attention_calls_no_kernel_of_the_cpus(packed):
+    """Shown of meta tensors, so that no GPU is needed."""
+    with Names() as names:
+        q, k, v = (torch.empty(x.shape, device="meta") for x in QKV)
+        first = (FIRST,) if packed else ()
+        kind = "packed_attention" if packed else "attention"
+        out, lse = getattr(reference, f"{kind}_fwd")(q, k, v, *first)
+        grads = getattr(reference, f"{kind}_bwd")(out, q, k, v, *first, out, lse)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    assert "aten::exp" in names.called
+    assert not [name for name in names.called if "cpu" in name]
 
 
 @named

@@ -144,9 +144,10 @@ def npu_fused_infer_attention_score(
     num_key_value_heads: int = 0, sparse_mode: int = 0, inner_precise: int = 0, softmax_lse_flag: bool = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The device takes only half-width floats here; float32 is let through, so that a whole decoding can be held against a CPU's."""
     _refuse(*others.values(), pre_tokens != EVERYTHING, next_tokens != EVERYTHING, sparse_mode not in (0, 1))
     given = _kv_heads(query, key, num_heads, input_layout)
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"npu_fused_infer_attention_score of {query.dtype}: expected bfloat16 or float16")
     if (num_key_value_heads or num_heads) != given:
         raise RuntimeError(f"npu_fused_infer_attention_score: {given} heads of keys, told {num_key_value_heads}")
     q, k, v = _heads(query, key, value, num_heads, input_layout)

@@ -155,6 +155,20 @@ def test_each_kernel_of_ours_converts_to_the_op_that_it_is_there_for(kernel):
     assert wanted <= set(ascend_graph.op_counts(ge_of(kernel, *args)[1]))
 
 
+def test_decoding_in_float32_converts():
+    """The fused op takes half types only, and its converter would not say so."""
+    q, keys, values = (
+        tensor(B, 1, H, K, dtype=torch.float32),
+        *(tensor(B, S, G, K, dtype=torch.float32) for _ in range(2)),
+    )
+    counts = ascend_graph.op_counts(
+        ge_of(ascend.cached_attention, q, keys, values, tensor(B, 1, S, dtype=torch.bool))[1]
+    )
+    assert "FusedInferAttentionScore" not in counts
+    assert counts["SoftmaxV2"] == 1
+    assert not [op for op in counts if "." in op]
+
+
 @pytest.fixture
 def eight():
     """This process as one of eight; nothing is sent."""
@@ -241,5 +255,8 @@ def test_the_7b_models_step_converts(eight, capsys):
     # Blocks are gathered twice, and computed twice.
     assert counts["HcomAllGather"] == 2 * layers + 2
     assert counts["HcomReduceScatter"] == layers + 2
-    assert counts["FlashAttentionScore"] == counts["SwiGlu"] == 2 * layers
+    assert {op: counts[op] for op in FORWARD} == {
+        "FlashAttentionScore": 2 * layers, "RmsNorm": 2 * layers + 1, "AddRmsNorm": 2 * layers, "RotaryMul": 6 * layers,
+        "SwiGlu": 2 * layers,
+    }  # fmt: skip
     assert not [op for op in counts if "." in op]

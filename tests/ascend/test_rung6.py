@@ -80,11 +80,15 @@ def test_an_npu_runs_these_where_no_op_of_the_vendors_does_the_whole(case, names
         within(errors(CASES[case]._replace(kernels=npu), torch.bfloat16))
 
 
-@pytest.mark.parametrize(("heads", "dtype"), [(128, torch.bfloat16), (2, torch.float64)])
-def test_what_these_do_not_take_is_composed_of_the_vendors(heads, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "width", "dtype"),
+    [(128, K, torch.bfloat16), (65, K, torch.bfloat16), (64, 2 * K, torch.bfloat16), (64, K + 2, torch.bfloat16), (2, K, torch.float64)],
+)  # fmt: skip
+def test_what_these_do_not_take_is_composed_of_the_vendors(heads, width, dtype, monkeypatch):
+    """Also of 65 heads, which fill a tile as 128 do, and of wider ones."""
     monkeypatch.setattr(ascend, "qk_norm_rotary_fwd", lambda *args: "composed")
-    x, gain = meta(1, T, heads, K, dtype=dtype), meta(1, K, dtype=dtype)
-    assert npu.qk_norm_rotary_fwd(x, gain, gain, stat(T, 2, K // 2), 1e-5) == "composed"
+    x, gain = meta(1, T, heads, width, dtype=dtype), meta(1, width, dtype=dtype)
+    assert npu.qk_norm_rotary_fwd(x, gain, gain, stat(T, 2, width // 2), 1e-5) == "composed"
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -109,8 +113,8 @@ def norms(width: int) -> list[Callable[[], object]]:
     ]
 
 
-def head_norms(heads: int) -> list[Callable[[], object]]:
-    x, gain, angles, mean = meta(1, T, heads, K), meta(1, K), stat(T, 2, K // 2), stat(1, T, heads, 1)
+def head_norms(heads: int, width: int = K) -> list[Callable[[], object]]:
+    x, gain, angles, mean = meta(1, T, heads, width), meta(1, width), stat(T, 2, width // 2), stat(1, T, heads, 1)
     return [
         lambda: triton_qk_norm_rotary.qk_norm_rotary_fwd(x, gain, gain, angles, 1e-5),
         lambda: triton_qk_norm_rotary.qk_norm_rotary_bwd(x, x, gain, angles, mean, mean),
@@ -137,14 +141,26 @@ def losses() -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize(
     "launches",
-    [norms(D), head_norms(H), attentions(H), attentions(H // 4), losses()],
-    ids=["rms_norm", "qk_norm_rotary", "attention", "attention, grouped heads", "vocabulary_loss"],
+    [norms(D), head_norms(H), head_norms(64), head_norms(H, 256), attentions(H), attentions(H // 4), losses()],
+    ids=[
+        "rms_norm",
+        "qk_norm_rotary",
+        "qk_norm_rotary, a full tile",
+        "qk_norm_rotary, a full tile of wide heads",
+        "attention",
+        "attention, grouped heads",
+        "vocabulary_loss",
+    ],
 )
 def test_shipped_tiles_fit_a_910b2(launches, record_property):
     with triton_lab.planned() as plans:
         for launch in launches:
             launch()
     record_property("plans", plans)
+    print(
+        *(f"{p.kernel}: {p.bits['ub']} of {p.limits['ub']} bits ({p.bits['ub'] / p.limits['ub']:.2f})" for p in plans),
+        sep="\n",
+    )
     assert len(plans) >= len(launches)
     for plan in plans:
         assert 0 < plan.bits["ub"] <= plan.limits["ub"] == 1572864, plan
