@@ -6,12 +6,16 @@
 report says what is in it; verify encodes some pictures again and compares. `report --help` and `verify --help` list the flags.
 """
 
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,7 +29,7 @@ from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import data, dataset, errors, files, images, prompt, vq
 from lumina_fn.errors import InputError
 
-T = TypeVar("T")
+WINDOW = 1024  # rows that are under way at once
 Picture = Callable[[Look], Image.Image]  # of a row; raises InputError
 
 
@@ -38,7 +42,7 @@ class Report:
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
     size: Annotated[int, "for DATA.json: the --size that pretokenize will be given"] = 768
     samples: Annotated[int, "pictures shown, drawn at random"] = 12
-    seed: Annotated[int, "of that draw"] = 0
+    seed: Annotated[int, "of that draw; for DATA.json also the --seed that pretokenize will be given"] = 0
     near: Annotated[bool, "look for near-duplicates; of FEATURES this reads or decodes every picture"] = True
     distance: Annotated[int, "bits of 64 in which the difference hashes of near-duplicates may differ"] = 3
     json: Annotated[Path | None, "file to write the numbers to"] = None
@@ -110,22 +114,23 @@ def _rows(run: Report) -> tuple[list[Look], list[Picture]]:
     """Every row of DATA.json, and how its pictures are shown."""
     rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
-    looks = (dataset_looks.at_row(i, row, roots, run.size, tokenizer) for i, row in enumerate(rows))
-    return _watched(looks, len(rows)), [_source_pictures(roots, run.size)]
+    look = lambda i: dataset_looks.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
+    return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(roots, run.size)]
 
 
 def _features(run: Report) -> tuple[list[Look], list[Picture]]:
     """Every row of a feature set's manifest, and how its pictures are shown: source and decoded side by side where both are there."""
-    features = data.FeatureSet(run.source)
-    manifest = dataset_looks.read_manifest(run.source, features)
+    done = dataset_looks.open_done(run.source)
+    manifest = dataset_looks.read_manifest(done.features)
     show: list[Picture] = []
     if run.data:
-        show.append(_source_pictures(_roots(run.data, run.image_root), features.origin.size))
+        show.append(_source_pictures(_roots(run.data, run.image_root), done.features.origin.size))
     if run.vq:
-        show.append(_decoded_pictures(run, features))
+        show.append(_decoded_pictures(run, done.features))
     rows = dataset.read_rows(run.data) if run.data else None
-    looks = dataset_looks.at_features(features, manifest, rows, show[0] if show and run.near else None)
-    return _watched(looks, len(manifest)), show
+    picture = show[0] if show and run.near else None
+    look = lambda i: dataset_looks.at_entry(done, manifest[i], rows, picture)
+    return _looks(look, len(manifest), (os.cpu_count() or 1) if run.data else 1), show
 
 
 def _roots(path: Path, image_root: Path | None) -> list[Path]:
@@ -133,7 +138,13 @@ def _roots(path: Path, image_root: Path | None) -> list[Path]:
 
 
 def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
-    return lambda look: images.fit(images.open_image(dataset.find(look.file, roots)), size)
+    def source(look: Look) -> Image.Image:
+        content = images.read(dataset.find(look.file, roots))
+        if hashlib.sha256(content).hexdigest() != look.sha256:
+            raise InputError(f"{look.file} changed")
+        return images.fit(images.decode(content), size)
+
+    return source
 
 
 def _decoded_pictures(run: Report, features: data.FeatureSet) -> Picture:
@@ -142,7 +153,7 @@ def _decoded_pictures(run: Report, features: data.FeatureSet) -> Picture:
 
     @torch.inference_mode()
     def decoded(look: Look) -> Image.Image:
-        codes = torch.from_numpy(features.feature(look.item).codes.astype(np.int64))
+        codes = torch.from_numpy(features.text_and_codes(look.item)[1].astype(np.int64))
         return Image.fromarray(vq.pixels(vq.decode(params, codes[None].to(device), cfg))[0].cpu().numpy())
 
     return decoded
@@ -159,11 +170,20 @@ def _shown(show: Sequence[Picture], look: Look) -> list[Image.Image]:
     return shown
 
 
-def _watched(looks: Iterable[T], count: int) -> list[T]:
-    """All of them. Progress is shown on a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        return list(progress.track(looks, total=count, description="looking at rows"))
+def _looks(look: Callable[[int], Look], count: int, workers: int) -> list[Look]:
+    """What `look` gives for every row, in order. Progress is shown on a terminal."""
+    console, looks = Console(stderr=True), []
+    with (
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+        ThreadPoolExecutor(workers) as threads,
+    ):
+        warnings.simplefilter("ignore")
+        bar = progress.add_task("looking at rows", total=count)
+        for start in range(0, count, WINDOW):
+            looks += threads.map(look, range(start, min(start + WINDOW, count)))
+            progress.update(bar, completed=len(looks))
+    return looks
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Image.Image]
         _section("Prompts", _prompts(report["prompts"])),
         _section("Equal files", _groups(report["pictures"]["exact"], pictures)),
         _section(
-            f"Near-duplicates: {len(report['pictures']['near'])} groups among {report['pictures']['looked_at']} pictures looked at "
+            f"Near-duplicates among {report['pictures']['looked_at']} pictures looked at "
             f"(at most {report['pictures']['distance']} of 64 bits of the difference hash)",
             _groups(report["pictures"]["near"], pictures),
         ),
@@ -89,7 +89,7 @@ def _samples(samples: Sequence[Mapping[str, Any]], pictures: Mapping[int, Sequen
 
 def _figure(row: int, pictures: Mapping[int, Sequence[Image.Image]], caption: str) -> str:
     shown = "".join(f'<img alt="row {row}" src="{_inline(image)}">' for image in pictures.get(row, ()))
-    return f"<figure>{shown}<figcaption>row {row}: {_text(caption)}</figcaption></figure>"
+    return f"<figure>{shown}<figcaption>row {row}{': ' + _text(caption) if caption else ''}</figcaption></figure>"
 
 
 def _inline(image: Image.Image) -> str:

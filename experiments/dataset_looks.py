@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
+from experiments import pretokenize
 from experiments.dataset_duplicates import Fingerprint, fingerprint
-from lumina_fn import data, dataset, images, prompt
+from lumina_fn import data, dataset, images, shards
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.shards import Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
 MANIFEST = "manifest.jsonl"
@@ -42,34 +46,32 @@ class Look(NamedTuple):
         return self.text + image_length(height, width) + 1
 
 
-def at_row(index: int, value: Any, roots: Sequence[Path], size: int, tokenizer: Tokenizer | None) -> Look:
-    """The row as pretokenize would take it at this size; without a tokenizer neither captions nor size tokens are judged."""
-    file, caption = (text if isinstance(text, str) else None for text in written(value))
-    look = Look(index, file, caption)
+def at_row(
+    index: int, value: Any, roots: Sequence[Path], size: int, tokenizer: Tokenizer | None, seed: int = 0
+) -> Look:
+    """The row as pretokenize takes it at this size and seed; without a tokenizer neither captions nor size tokens are judged."""
+    look = Look(index, *(text if isinstance(text, str) else None for text in written(value)))
+    if tokenizer is None:
+        return _without_tokens(look, value, roots, size)
+    made = pretokenize.prepare(index, value, roots, tokenizer, size, seed)
+    if isinstance(made, Rejected):
+        return look._replace(reason=made.reason)
+    return look._replace(
+        source=made.source, crop=made.image.size, sha256=made.sha256.hex(), fingerprint=fingerprint(made.image),
+        text=len(made.text),
+    )  # fmt: skip
+
+
+def _without_tokens(look: Look, value: Any, roots: Sequence[Path], size: int) -> Look:
     try:
-        row = dataset.row(value)
-        if tokenizer and (problem := prompt.caption_problem(tokenizer, row.prompt)):
-            raise InputError(problem)
-        path = dataset.find(row.file, roots)
-        image = images.open_image(path)
-        look = look._replace(source=image.size, sha256=digest(path))
-        fitted = images.fit(image, size)
-        look = look._replace(crop=fitted.size, fingerprint=fingerprint(fitted))
-        if tokenizer:
-            prompt.check_size(tokenizer, *fitted.size)
-            look = look._replace(text=len(prompt.prompt_ids(tokenizer, row.prompt, *fitted.size)))
+        content = images.read(dataset.find(dataset.row(value).file, roots))
+        picture = images.decode(content)
+        image = images.fit(picture, size)
     except InputError as error:
-        look = look._replace(reason=str(error))
-    return look
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file. Raises InputError."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read the file: {error.strerror}") from error
+        return look._replace(reason=str(error))
+    return look._replace(
+        source=picture.size, crop=image.size, sha256=hashlib.sha256(content).hexdigest(), fingerprint=fingerprint(image)
+    )
 
 
 def written(value: Any) -> tuple[Any, Any]:
@@ -77,54 +79,67 @@ def written(value: Any) -> tuple[Any, Any]:
     return (value.get("file"), value.get("prompt")) if isinstance(value, dict) else (None, None)
 
 
-def at_features(
-    features: data.FeatureSet,
-    manifest: Sequence[dict],
+class Done(NamedTuple):
+    """A feature set, and what its shards say of the pictures' files."""
+
+    features: data.FeatureSet
+    sources: Int[np.ndarray, "n 2"]  # width and height, zeros where they are not known
+
+
+def open_done(folder: Path) -> Done:
+    """Raises InputError for a folder that is no feature set, or not whole."""
+    features = data.FeatureSet(folder)
+    names = [entry.file for entry in shards.read_index(folder).entries]
+    sources = [shards.read(folder / name).sources for name in names]
+    return Done(features, np.concatenate([np.zeros((0, 2), np.int32), *sources]))
+
+
+def at_entry(
+    done: Done,
+    entry: Mapping[str, Any],
     rows: Sequence[Any] | None,
     picture: Callable[[Look], Image.Image] | None,
-) -> Iterator[Look]:
-    """The rows of a feature set's manifest. Prompts are those of `rows`; `picture` says what its pictures look like, if anything does."""
-    places = count()
-    for entry in manifest:
-        look = Look(entry["row"], entry["file"], reason=entry.get("reason"))
-        if rows is not None:
-            file, caption = written(rows[look.row]) if look.row < len(rows) else (None, None)
-            if file == look.file and isinstance(caption, str):
-                look = look._replace(prompt=caption)
-        if look.reason is None:
-            look = look._replace(item=next(places), sha256=entry["sha256"])
-            feature = features.feature(look.item)
-            height, width = feature.codes.shape
-            digest = hashlib.sha256(np.asarray(feature.text, np.int32).tobytes()).digest()
-            look = look._replace(crop=(PIXELS_PER_CODE * width, PIXELS_PER_CODE * height))
-            look = look._replace(text=len(feature.text), text_sha256=digest)
-            if picture is not None:
-                look = look._replace(fingerprint=_seen(picture, look))
-        yield look
+) -> Look:
+    """A row of a manifest. The prompt is that of `rows`; `picture` shows what the picture looks like, where anything does."""
+    look = Look(entry["row"], entry["file"], reason=entry.get("reason"), sha256=entry.get("sha256"), item=entry["item"])
+    if rows is not None and look.row < len(rows):
+        file, caption = written(rows[look.row])
+        if file == look.file and isinstance(caption, str):
+            look = look._replace(prompt=caption)
+    if look.item is None:
+        return look
+    text, codes = done.features.text_and_codes(look.item)
+    height, width = codes.shape
+    width_of_file, height_of_file = done.sources[look.item].tolist()
+    look = look._replace(
+        crop=(PIXELS_PER_CODE * width, PIXELS_PER_CODE * height),
+        source=(width_of_file, height_of_file) if width_of_file else None,
+        text=len(text),
+        text_sha256=hashlib.sha256(np.ascontiguousarray(text)).digest(),
+    )
+    if picture is not None:
+        with suppress(InputError):  # the source is gone or changed since: verify names those
+            look = look._replace(fingerprint=fingerprint(picture(look)))
+    return look
 
 
-def _seen(picture: Callable[[Look], Image.Image], look: Look) -> Fingerprint | None:
+def read_manifest(features: data.FeatureSet) -> list[dict[str, Any]]:
+    """Every input row of a feature set, done or quarantined; "item" is its place in the set. Raises InputError for another set's."""
+    path, again = features.folder / MANIFEST, "run experiments.pretokenize again"
     try:
-        return fingerprint(picture(look))
-    except InputError:  # the source is gone or changed since: verify names those
-        return None
-
-
-def read_manifest(folder: Path, features: data.FeatureSet) -> list[dict]:
-    """Every input row of a feature set, done or quarantined. Raises InputError for one that is not this set's."""
-    path = folder / MANIFEST
-    again = "run experiments.pretokenize again"
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {again}, or give a set that it wrote") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected the list of a feature set's rows; {again}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSONL: {error}; {again}") from error
+    places = count()
     for number, entry in enumerate(entries):
         if not _is_entry(entry):
             raise InputError(f"{path}: line {number + 1} is no row of a feature set: {entry!r:.200}; {again}")
-    done = sum(entry["status"] == "done" for entry in entries)
-    if done != len(features):
+        entry["item"] = next(places) if entry["status"] == "done" else None
+    if (done := next(places)) != len(features):
         raise InputError(f"{path}: {done} rows are done, but the set holds {len(features)} items; {again}")
     return entries
 

@@ -1,5 +1,6 @@
 """Encode some pictures of a feature set again, and compare: did a source change, do codes and captions still say the same?"""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def verify(run: Verify) -> int:
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     features = data.FeatureSet(run.features)
-    done = [e for e in dataset_looks.read_manifest(run.features, features) if e["status"] == "done"]
+    done = [e for e in dataset_looks.read_manifest(features) if e["status"] == "done"]
     rows = dataset.read_rows(run.data)
     tokenizer = _same_tokenizer(run.model, features) if run.model else None
     params, cfg = same_vq(run.vq, features, settings.checked_device(run))
@@ -106,11 +107,10 @@ def _compare(
         row = dataset.row(value)
         if row.file != entry["file"]:
             return changed(f"the row names {row.file} now")
-        path = dataset.find(row.file, roots)
-        image = images.open_image(path)
-        if (digest := dataset_looks.digest(path)) != entry["sha256"]:
+        content = images.read(dataset.find(row.file, roots))
+        if (digest := hashlib.sha256(content).hexdigest()) != entry["sha256"]:
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
-        fitted = images.fit(image, features.origin.size)
+        fitted = images.fit(images.decode(content), features.origin.size)
     except InputError as error:
         return changed(f"the source cannot be read now: {error}")
     feature = features.feature(item)
