@@ -63,13 +63,13 @@ class Launch:
 
     def rank(self, number: int) -> psutil.Process:
         self.look()
-        children = [p for p in self.seen.values() if p.pid != self.process.pid and p.ppid() == self.process.pid]
+        children = psutil.Process(self.process.pid).children()
         return next(p for p in children if p.environ().get("RANK") == str(number))
 
     def alive(self) -> list[psutil.Process]:
         """Ranks live in sessions of their own: those of a launcher that is gone are known from before."""
         self.look()
-        return [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self.seen.values() if is_alive(p)]
 
     def wait(self, seconds: float) -> int:
         """Until all processes have ended; the launcher's exit code."""
@@ -124,6 +124,19 @@ def steps_run(out: Path, launch: Launch) -> None:
     """Wait for three steps, so that all that follows is in the middle of one."""
     until(lambda: len(rows(out)) >= 3 or launch.process.poll() is not None, 60, launch)
     assert launch.process.poll() is None, launch.text()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def is_about(process: psutil.Process, path: Path) -> bool:
+    """Whether a process works on files in there."""
+    with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+        return any(str(path) in word for word in process.cmdline())
+    return False
 
 
 def assert_same_run(out: Path, other: Path) -> None:
@@ -182,9 +195,15 @@ def test_a_failure_of_one_rank_has_one_traceback(launch, inputs, tmp_path):
 
 
 @slow
-def test_killing_a_rank_ends_all(launch, inputs, tmp_path):
-    run = launch(*torchrun(ranks=3), *inputs, "--out", tmp_path / "run", *ENDLESS)
-    steps_run(tmp_path / "run", run)
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+def test_killing_a_rank_ends_all(compile, launch, inputs, tmp_path):
+    """In the middle of a step; with blocks, of the first one, while there are compilers that must end too."""
+    flags, cache = ("--compile", compile, "--out", tmp_path / "run", *ENDLESS), tmp_path / "compiled"
+    run = launch(*torchrun(ranks=3), *inputs, *flags, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    if compile == "off":
+        steps_run(tmp_path / "run", run)
+    else:
+        until(lambda: any(is_about(process, cache) for process in run.alive()), 60, run)
     run.rank(0).kill()
     assert run.wait(30) == 1
     assert len(run.reasons()) == 1
@@ -303,6 +322,24 @@ def test_scripts_for_one_launcher(script, launch, inputs, tmp_path):
     )  # fmt: skip
     assert run.wait(90) == 0, run.text()
     assert [row["step"] for row in rows(tmp_path / "run")] == [2]
+
+
+@pytest.mark.parametrize("script", ["ascend_1x8.sh", "ascend_2x8.sh", "ascend_slurm.sh"])
+def test_scripts_take_their_place_from_the_environment(script, launch, tmp_path):
+    commands = {"srun": 'shift; exec "$@"', "torchrun": 'echo "$@"'}
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    run = launch(
+        "bash", ROOT / "experiments" / "launch" / script, PATH=f"{tmp_path}:{os.environ['PATH']}",
+        NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234",
+        SLURM_JOB_ID="7", SLURM_NNODES="5", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="here",
+    )  # fmt: skip
+    assert run.wait(10) == 0, run.text()
+    place = "--rdzv_endpoint 10.0.0.1:1234" if "slurm" in script else "--master_addr 10.0.0.1 --master_port 1234"
+    assert "--nnodes 3 " in run.text()
+    assert place in run.text()
+    assert ("--node_rank 2 " in run.text()) == ("slurm" not in script)
 
 
 def meet(store: dist.Store, size: int) -> list[str]:
