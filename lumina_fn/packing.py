@@ -1,0 +1,49 @@
+"""Documents into rows of one length: which share a row, and what a row of several looks like."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from lumina_fn.loss import Packed
+from lumina_fn.rows import Document, write
+from lumina_fn.vocab import IGNORE, PAD, Ids
+
+
+def first_fit_decreasing(lengths: Int[np.ndarray, " S"], room: int) -> list[list[int]]:
+    """Which documents share a row: each, the longest first, goes into the first row that has room for it.
+
+    A row takes `room` tokens, as long as any document or longer.
+    """
+    rows: list[list[int]] = []
+    left = np.zeros(len(lengths), np.int64)  # as many rows as documents at the most
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        fits = int(np.argmax(np.append(left[: len(rows)] >= lengths[i], True)))
+        if fits == len(rows):
+            rows.append([])
+            left[fits] = room
+        rows[fits].append(i)
+        left[fits] -= lengths[i]
+    return rows
+
+
+def packed(rows: Sequence[Sequence[Document]], size: int, room: int, ids: Ids, count: int) -> tuple[Packed, int]:
+    """[count size room]: rows in `count` micro batches of `size`, filled up with rows that predict nothing; and the documents' tokens.
+
+    What a row has left is a document of its own, which predicts nothing either.
+    """
+    tokens = np.full((count * size, room), PAD)
+    labels = np.full((count * size, room), IGNORE)
+    first = np.zeros((count * size, room), np.int64)
+    total = 0
+    for row, documents in enumerate(rows):
+        at = 0
+        for item in documents:
+            end = at + write(item, tokens[row, at:], labels[row, at:], ids)
+            labels[row, at] = IGNORE  # its predecessor is another document's last token
+            first[row, at:end] = at
+            at = end
+        first[row, at:] = at
+        total += at
+    return Packed(*(torch.from_numpy(x).unflatten(0, (count, size)) for x in (tokens, labels, first))), total

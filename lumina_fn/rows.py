@@ -1,0 +1,51 @@
+"""Stored features straight into the rows of a batch: what `FeatureSet[i]` gives as lists, at the speed of memory."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from lumina_fn.shards import Feature
+from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, Ids, image_length
+
+
+class Document(NamedTuple):
+    """An item on its way into a row."""
+
+    feature: Feature
+    captioned: bool  # whether its text and last separator are left on it
+
+
+def document(feature: Feature, dropped: bool, ids: Ids) -> Document:
+    """A feature as the item of an epoch that drops its caption or not; a text that holds a picture keeps it, as in `data.drop_caption`."""
+    return Document(feature, not dropped or ids.end in feature.text)
+
+
+def length(item: Document) -> int:
+    """Tokens of an item."""
+    return image_length(*item.feature.codes.shape) + (len(item.feature.text) + 1 if item.captioned else 0)
+
+
+def write(item: Document, tokens: Int[np.ndarray, " T"], labels: Int[np.ndarray, " T"], ids: Ids) -> int:
+    """The item's tokens and labels at the start of these; what does not fit is cut. Returns how many tokens did fit."""
+    whole = length(item)
+    if whole > len(tokens):
+        longer = np.empty((2, whole), tokens.dtype)
+        write(item, *longer, ids)
+        tokens[:], labels[:] = longer[:, : len(tokens)]
+        return len(tokens)
+    codes, text = item.feature.codes, item.feature.text if item.captioned else []
+    (height, width), start = codes.shape, len(text)
+    body = start + 3
+    end = body + height * (width + 1)
+    tokens[:start] = text
+    tokens[start:body] = ids.start, ids.size0 + height // CODES_PER_PATCH, ids.size0 + width // CODES_PER_PATCH
+    picture = tokens[body:end].reshape(height, width + 1)
+    np.add(codes, ids.code0, out=picture[:, :width], casting="unsafe", dtype=tokens.dtype)
+    picture[:, width] = ids.newline
+    tokens[end] = ids.end
+    if item.captioned:
+        tokens[end + 1] = ids.sep
+    labels[:start] = IGNORE
+    labels[start:whole] = tokens[start:whole]
+    return whole
