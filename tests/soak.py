@@ -4,7 +4,8 @@
 
 Two ranks save after every step and keep two checkpoints, so that they are always stepping, saving or pruning. Each trial goes on
 from what the one before left, kills a rank, the launcher, or all of them at a random moment, and then demands that no process is
-left, that every checkpoint that is listed is whole, and that the newest is to the bit what an undisturbed run had at its step.
+left, that every checkpoint that is listed is whole, that the newest is no older than any that was ever listed, and that it is to
+the bit what an undisturbed run had at its step.
 """
 
 import hashlib
@@ -80,8 +81,19 @@ def ranks_of(launcher: psutil.Popen) -> list[psutil.Process]:
     return []
 
 
-def killed(command: list[str], checkpoints: Path, said: Path, pick: random.Random) -> str | None:
-    """Start the run and kill some of it: what, and in the middle of what. None where it was done before."""
+def newest(checkpoints: Path) -> int:
+    """The last step that is listed, 0 where none is."""
+    return max(manifest.steps(checkpoints), default=0)
+
+
+def about(out: Path) -> list[psutil.Process]:
+    """All processes whose command names a run, whoever started them."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]
+
+
+def killed(command: list[str], out: Path, said: Path, pick: random.Random) -> tuple[str | None, int]:
+    """Start the run and kill some of it: what, in the middle of what (None where it was done before), and the newest step just before."""
+    checkpoints = out / "checkpoints"
     before = manifest.steps(checkpoints)[-1:]
     launcher = started(command, said)
     deadline = time.monotonic() + LAUNCH
@@ -95,7 +107,8 @@ def killed(command: list[str], checkpoints: Path, said: Path, pick: random.Rando
     ranks = ranks_of(launcher)
     victims = pick.choice([ranks[:1], ranks[1:2], [launcher], [launcher, *ranks], [*ranks, launcher]])
     if launcher.poll() is not None:
-        return None
+        return None, newest(checkpoints)
+    reached = newest(checkpoints)
     for victim in victims or [launcher]:
         with suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
@@ -103,9 +116,11 @@ def killed(command: list[str], checkpoints: Path, said: Path, pick: random.Rando
     launcher.wait(END)
     _, left = psutil.wait_procs(ranks, END)
     assert not left, f"{left} outlived {victims}"
+    psutil.wait_procs(about(out), END)  # ranks that the launcher had begun when it was looked at
+    assert not about(out), f"{about(out)} outlived {victims}"
     doing = "pruning" if ".old" in names else "saving" if ".tmp" in names else "between"
     who = "all" if len(victims) > 1 else "launcher" if launcher in victims or not victims else "one rank"
-    return f"{who}, {doing}"
+    return f"{who}, {doing}", reached
 
 
 def soak(trials: int, seed: int, say: Callable[[str], None]) -> Counter[str]:
@@ -116,23 +131,29 @@ def soak(trials: int, seed: int, say: Callable[[str], None]) -> Counter[str]:
         calm = started([*flags(folder, folder / "calm"), "--keep", str(STEPS)], folder / "said")
         assert calm.wait(600) == 0, (folder / "said").read_text()
         expected = {step: digest(folder / "calm/checkpoints", step) for step in range(1, STEPS + 1)}
-        run = 0
+        run, reached = 0, 0
         while seen.total() < trials:
             out = folder / f"run{run}"
-            what = killed(flags(folder, out), out / "checkpoints", folder / "said", pick)
+            what, listed = killed(flags(folder, out), out, folder / "said", pick)
+            reached = max(reached, listed)
             found = checkpoint.verify(out / "checkpoints")
             assert not any(found.values()), found
-            newest = max(found, default=0)
-            assert not newest or digest(out / "checkpoints", newest) == expected[newest], f"step {newest} differs"
+            last = max(found, default=0)
+            assert last >= reached, f"step {reached} was lost: {list(found)}"
+            assert not last or digest(out / "checkpoints", last) == expected[last], f"step {last} differs"
+            reached = last
             if what is None:
-                assert newest == STEPS, (folder / "said").read_text()
+                assert last == STEPS, (folder / "said").read_text()
             else:
                 seen[what] += 1
                 say(f"{seen.total()}: killed {what}; the newest of {list(found)} is as it should be")
-            run += newest == STEPS
+            if last == STEPS:
+                run, reached = run + 1, 0
     return seen
 
 
 if __name__ == "__main__":
     counts = soak(int(sys.argv[1]), seed=int(sys.argv[2]) if len(sys.argv) > 2 else 0, say=print)
+    for moment in ("saving", "pruning"):
+        assert any(moment in what for what in counts), f"no kill came while {moment}: {dict(counts)}; give another seed"
     print(f"{counts.total()} trials, nothing lost: {dict(sorted(counts.items()))}")
