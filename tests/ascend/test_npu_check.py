@@ -55,7 +55,6 @@ def test_a_kernel_that_computes_something_else_fails_and_stops_no_other(monkeypa
 
 
 def test_a_kernel_that_is_off_by_little_more_than_rounding_fails(monkeypatch):
-    monkeypatch.setattr(ascend, "_slots", lambda positions, of=ascend._slots: of(positions))
     exact = torch.ops.npu.npu_swiglu
     nudged = type("Nudged", (), {"__getattr__": lambda _, name: getattr(torch.ops.npu, name)})()
     nudged.npu_swiglu = lambda x: exact(x) * 1.0001
@@ -77,3 +76,19 @@ def test_a_model_with_a_wrong_kernel_fails(monkeypatch):
     assert [line.partition(": FAILED")[0] for line in lines] == [
         "a step with packed documents", "a step in bfloat16 with packed documents"
     ]  # fmt: skip
+
+
+def test_two_ranks_find_their_collectives_right():
+    """On CPUs, by gloo: what is asked of two NPUs is asked of two processes."""
+    lines = []
+    assert npu_check.run(npu_check.of_two_devices("cpu"), lines.append) == 0
+    assert lines[0] == "collectives of 2 ranks: ok"
+
+
+def test_two_ranks_whose_collectives_are_wrong_are_told(monkeypatch):
+    monkeypatch.setattr(
+        npu_check.processes, "run", lambda size, fn, *args: [["all_gather on rank 0: [1.0], expected [2.0]"], []]
+    )
+    lines = []
+    assert npu_check.run(npu_check.of_two_devices("cpu"), lines.append) == 1
+    assert lines[0] == "collectives of 2 ranks: FAILED: all_gather on rank 0: [1.0], expected [2.0]"

@@ -29,7 +29,7 @@ def test_other_layouts_are_refused(declared):
 def test_device_of_torch_alone():
     """A renamed device by itself would abort the process under autograd."""
     program = """if True:
-        import torch
+        import ops, torch
         from torch._subclasses.fake_tensor import FakeTensorMode
         from kernels import npu_fakes
         npu_fakes.declare()
@@ -37,7 +37,9 @@ def test_device_of_torch_alone():
             x = torch.empty(2, 8, device=npu_fakes.declare_device(), requires_grad=True)
             y = torch.ops.npu.npu_swiglu(x.detach())
             (dx,) = torch.autograd.grad((x * x).sum(), x)
+            grads = torch.func.vmap(torch.func.grad(lambda x: ops.swiglu(x, x).sum()))(torch.empty(3, 2, 8, device="npu"))
         assert x.device.type == y.device.type == dx.device.type == npu_fakes.declare_device().type == "npu"
+        assert (grads.shape, grads.device.type) == ((3, 2, 8), "npu")
     """
     done = subprocess.run(
         (sys.executable, "-c", program), capture_output=True, text=True, cwd=overlay.ROOT, timeout=120
