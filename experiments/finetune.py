@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     out = files.place(run.out, [run.model, run.features])
     # What an earlier attempt of this launch left in OUT is its own, and is continued.
     resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
-    afresh = world.rank == 0 and run_folder.check(out, resume, overwrite)  # loading a large model takes minutes
+    if world.rank == 0:
+        run_folder.check(out, resume, overwrite)  # for its errors: loading a large model takes minutes
     world.barrier()
     features = data.FeatureSet(run.features)
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
@@ -145,14 +146,16 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     checks.features(run, world, features, cfg)
     stored = checkpoint.stored_dtype(run.model)
     about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
-    with run_folder.held(out, afresh) if world.rank == 0 else nullcontext():
-        if world.rank == 0:
+    with run_folder.held(out, resume, overwrite) if world.rank == 0 else nullcontext(False) as afresh:
+        if afresh:
             world.remember(f"made {out}")
         start = world.total(resuming.starting_step(out / CHECKPOINTS, resume) if world.rank == 0 else 0)
         if start >= run.steps and run_folder.is_finished(out, start):
             print(f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on")
             return 0
         state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
+        if world.rank == 0:
+            world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
         kept = Checkpoints(
             out / CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
         )
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
             f"{folder}: try a smaller --lr, or --dtype float32"
         )
         return 1
-    print(f"{run.steps} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
+    print(f"{int(state.step)} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
     return 0
 
 
@@ -184,8 +187,8 @@ def _state(
     """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
     if start:
         like = model.init(cfg, device="meta")
-        state, meta = checkpoint.restore(out / CHECKPOINTS, start, mesh, device=device, like=like)
-        resuming.check(meta, about, out, run.features)
+        check = lambda meta: resuming.check(meta, about, out, run.features)
+        state, meta = checkpoint.restore(out / CHECKPOINTS, start, mesh, device=device, like=like, check=check)
         world.say(f"going on after step {start}")
     else:
         masters = torch.promote_types(compute, torch.float32)

@@ -15,7 +15,7 @@ import torch
 
 from experiments.distributed import World
 from experiments.run_folder import METRICS
-from lumina_fn import data, files, manifest, saved_state
+from lumina_fn import files, manifest, saved_state, shards
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS
@@ -99,14 +99,15 @@ def identity(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What must stay the same for a run to be the same run, as JSON gives it back."""
+    """What must stay the same for a run to be the same run, and what tells how it was made, as JSON gives it back."""
     chosen = {name: getattr(settings, name) for name in MATHEMATICS}
     chosen |= {"dtype": str(compute), "param_dtype": str(param_dtype), "reduce_dtype": str(reduce_dtype)}
     if settings.schedule == "cosine":
         chosen["steps"] = settings.steps  # where the rate ends at 0
-    features = hashlib.sha256((settings.features / data.INDEX).read_bytes()).hexdigest()
+    features = hashlib.sha256((settings.features / shards.INDEX).read_bytes()).hexdigest()
     about = {
         "settings": chosen,
+        "flags": {name: str(value) for name, value in asdict(settings).items()},  # all of them, for who reads it
         "model": asdict(cfg),
         "features": features,
         "code": _revision(),
@@ -155,13 +156,14 @@ def farewell(argv: Sequence[str], number: int, step: int, *, saved: bool, alone:
     name = signal.Signals(number).name
     if not saved:
         return f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for"
+    at = f"after step {step}, which is saved" if step else "before the first step, with nothing to save"
     words, kept = iter(argv), ["python" if alone else "torchrun ...", "-m", "experiments.finetune"]
     for word in words:
         if word == "--resume":
             next(words)
         elif word != "--overwrite" and not word.startswith("--resume="):
             kept.append(shlex.quote(word))
-    return f"stopped by {name} after step {step}, which is saved; resume with: {' '.join(kept)}"
+    return f"stopped by {name} {at}; resume with: {' '.join(kept)}"
 
 
 def _revision() -> str | None:

@@ -2,12 +2,13 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from experiments.ending import Ending
+from experiments.ending import ECHO, Ending
 
 ASKED = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.5  # seconds between looks at whether another rank was asked
@@ -20,9 +21,11 @@ class Stop:
     which step it is in, and the last of those is the last for all.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: dist.Store | None = None, fail: Callable[[str], object] | None = None
+    ):
         self.number: int | None = None  # of the signal
-        self._rank, self._size, self._store = rank, size, store
+        self._rank, self._size, self._store, self._fail = rank, size, store, fail
         self._begun, self._last = 0, 0
         self._lock, self._agreed = threading.Lock(), threading.Event()
 
@@ -38,14 +41,17 @@ class Stop:
     def ask(self, number: int) -> None:
         """Called for the first signal, on whatever rank it arrives. Does not wait."""
         if self._store is not None:
-            self._store.set("stop", str(number))
+            try:
+                self._store.set("stop", str(number))
+            except RuntimeError as error:
+                self._give_up(error)
             return
         self.number, self._last = number, self._begun
         self._agreed.set()
 
     def listen(self, over: threading.Event) -> None:
         """Take part in the agreement of all ranks once one of them is asked, until the event comes."""
-        with suppress(RuntimeError):  # the store went with the launcher, which its watch tells
+        try:
             while not self._store.check(["stop"]):
                 if over.wait(POLL):
                     return
@@ -54,6 +60,14 @@ class Stop:
             self._store.set(f"in step {self._rank}", str(self._begun))
             self._last = max(int(self._store.get(f"in step {rank}")) for rank in range(self._size))
             self._agreed.set()
+        except RuntimeError as error:
+            if not over.is_set():
+                self._give_up(error)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Nobody would ever say which step is the last, for which `before` waits."""
+        time.sleep(ECHO)  # where the launcher or a rank is lost, who watches it says so
+        self._fail(f"the ranks cannot agree where to stop: {str(error).splitlines()[0]}")
 
 
 @contextmanager
@@ -76,7 +90,7 @@ def alone() -> Iterator[Stop]:
 @contextmanager
 def together(rank: int, size: int, store: dist.Store, ending: Ending) -> Iterator[Stop]:
     """On one of many ranks, whose signals its `Ending` sees."""
-    stop, over = Stop(rank, size, store.clone()), threading.Event()
+    stop, over = Stop(rank, size, store.clone(), lambda why: ending(1, why)), threading.Event()
     listener = threading.Thread(target=stop.listen, args=(over,), daemon=True)
     listener.start()
     ending.graceful = stop.ask

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from experiments import processes, resuming
-from lumina_fn import checkpoint, convert, manifest, model, sharding, train
+from experiments import finetune as command
+from experiments import processes, resuming, run_folder, stopping
+from experiments.distributed import World
+from experiments.stopping import Stop
+from lumina_fn import checkpoint, convert, files, manifest, model, saved_state, sharding, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
-from tests.small_run import write_inputs
+from tests.small_run import write_features, write_inputs
 from tests.test_launch import launch, rows, torchrun, until  # noqa: F401
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
@@ -63,7 +68,6 @@ def test_seven_steps_and_thirteen_are_twenty(inputs, tmp_path, compile):
     flags = ["--compile", compile, "--save-every", 7]
     finetune(inputs, tmp_path / "straight", *flags, "--steps", 20)
     finetune(inputs, tmp_path / "run", *flags, "--steps", 7)
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
     said = finetune(inputs, tmp_path / "run", *flags, "--steps", 20)
     assert "going on after step 7" in said
     assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
@@ -157,6 +161,28 @@ def test_what_is_kept(tmp_path):
     assert checkpoint.verify(tmp_path) == dict.fromkeys([3, 6, 7])
 
 
+def test_a_step_that_is_saved_again_is_exchanged(tmp_path, monkeypatch):
+    """At no moment there is neither."""
+    checkpoint.save(tmp_path, 9, random_state(), {}).wait()
+    monkeypatch.delattr(Path, "rename")
+    checkpoint.save(tmp_path, 9, random_state(1), {}).wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["9"]
+    assert_same_bits(checkpoint.restore(tmp_path)[0], random_state(1))
+
+
+def test_the_folder_of_checkpoints_is_forced_onto_the_disk(tmp_path, monkeypatch):
+    synced, sync = [], files.sync_one
+    monkeypatch.setattr(files, "sync_one", lambda path: (synced.append(path), sync(path)))
+    checkpoint.save(tmp_path / "checkpoints", 9, random_state(), {}).wait()
+    assert {tmp_path, tmp_path / "checkpoints"} <= set(synced)
+
+
+@SLOW
+def test_jax_is_loaded_only_by_who_saves_or_restores():
+    code = "import sys, experiments.finetune; sys.exit(bool({'jax', 'orbax'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @SLOW
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_saved_and_goes_on(inputs, tmp_path, launch, number):  # noqa: F811
@@ -173,14 +199,17 @@ def test_a_stop_is_saved_and_goes_on(inputs, tmp_path, launch, number):  # noqa:
 
 
 @SLOW
-def test_all_ranks_stop_after_the_same_step(inputs, tmp_path, launch):  # noqa: F811
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_ranks_stop_after_the_same_step(inputs, tmp_path, launch, number):  # noqa: F811
     flags = [*inputs, "--out", tmp_path / "run", *RUN, "--compile", "off", "--save-every", 10_000]
     run = launch(*torchrun(ranks=3), *flags, "--steps", 100_000)
     until(lambda: len(rows(tmp_path / "run")) >= 5 or run.process.poll() is not None, 120, run)
-    run.process.terminate()
-    run.wait(40)
+    run.process.send_signal(number)
+    assert run.wait(40) == 1  # torchrun's own, whatever its ranks return
     assert run.text().count("resume with: torchrun ... -m experiments.finetune") == 1, run.text()
     [*_, at] = manifest.steps(tmp_path / "run/checkpoints")
+    assert checkpoint.verify(tmp_path / "run/checkpoints")[at] is None
+    assert f"after step {at}, which is saved" in run.text()
     again = launch(*torchrun(ranks=2), *flags, "--steps", at + 2)
     assert again.wait(120) == 0, again.text()
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, at + 3))
@@ -232,6 +261,78 @@ def test_another_run_is_not_mixed_in(inputs, run, flags):
     said = finetune(inputs, run, "--compile", "off", "--steps", 20, *flags, code=2)
     assert f"{flags[0]} was" in said
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@SLOW
+def test_other_features_are_not_continued(inputs, run, tmp_path):
+    tokenizer = Path(inputs[1]).parent / "tokenizer"
+    write_features(tmp_path / "others", tokenizer, checkpoint.read_config(inputs[1]).ids, count=6)
+    said = finetune(inputs, run, "--steps", 20, "--compile", "off", "--features", tmp_path / "others", code=2)
+    assert f"{tmp_path / 'others'} is not the feature set that it began with" in said
+
+
+@SLOW
+def test_a_checkpoint_tells_how_it_was_made(inputs, trained):
+    meta = manifest.read(trained / "checkpoints", 8)["meta"]
+    assert meta["flags"].keys() == {field.name for field in fields(command.Settings)}
+    assert (meta["flags"]["out"], meta["flags"]["save_every"]) == (str(trained), "6")
+    head = subprocess.run(
+        ["git", "-C", ROOT, "cat-file", "-t", meta["code"][:40]], capture_output=True, text=True, check=True
+    )
+    assert head.stdout == "commit\n"
+
+
+@SLOW
+def test_another_run_is_told_before_its_arrays_are_read(inputs, run, monkeypatch):
+    """84 GB, for 7B."""
+    monkeypatch.setattr(saved_state.Stored, "fill", None)
+    flags = [*inputs, "--out", run, *RUN, "--compile", "off", "--steps", 20, "--lr", "2e-2"]
+    with pytest.raises(InputError, match="--lr was"):
+        command.main([*map(str, flags)])
+
+
+@SLOW
+def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, tmp_path, monkeypatch, capsys):
+    """A run that is started while the one before it ends: what there is to go on from is known only under the lock."""
+    out, features = tmp_path / "run", command.checks.features
+    out.mkdir()
+    shutil.copy(trained / "metrics.jsonl", out)
+    assert run_folder.check(out, "auto", overwrite=False)
+
+    def meanwhile(*args) -> None:
+        shutil.copytree(trained / "checkpoints/3", out / "checkpoints/3")
+        features(*args)
+
+    monkeypatch.setattr(command.checks, "features", meanwhile)
+    flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 4, "--save-every", 6]
+    assert command.main([*map(str, flags)]) == 0
+    assert "going on after step 3" in capsys.readouterr().err
+    assert manifest.steps(out / "checkpoints") == [3, 4]
+
+
+@SLOW
+def test_a_rank_that_is_lost_while_it_restores_restores_the_same_again(inputs, run, monkeypatch, capsys):
+    """--resume STEP holds until OUT is cut back, for what torchrun starts again."""
+    world, cut_back = World(launch=dist.HashStore()), resuming.cut_back
+    flags = [*inputs, "--out", run, *RUN, "--compile", "off", "--steps", 4, "--save-every", 6, "--resume", 3]
+
+    def lost(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming, "cut_back", lost)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*map(str, flags)], world)
+    monkeypatch.setattr(resuming, "cut_back", cut_back)
+    assert command.main([*map(str, flags)], world) == 0
+    assert "going on after step 3" in capsys.readouterr().err
+    assert command.main([*map(str, flags)], world) == 0
+    assert "4 steps are done" in capsys.readouterr().out  # from its own last checkpoint, once it has gone on
+
+
+@SLOW
+def test_fewer_steps_than_were_done(inputs, run):
+    (run / "finished").unlink()
+    assert "8 steps, 0 skipped" in finetune(inputs, run, "--compile", "off", "--steps", 4)
 
 
 @SLOW
@@ -303,8 +404,57 @@ def test_a_newer_format_says_so(run):
     content = json.loads(path.read_bytes())["content"] | {"format": "lumina_fn/checkpoint/2"}
     digest = hashlib.sha256(manifest._text(content)).hexdigest()
     path.write_bytes(manifest._text({"sha256": digest, "content": content}))
-    with pytest.raises(InputError, match="use a newer version"):
+    with pytest.raises(InputError, match="use a newer version; the last good one is 6"):
         checkpoint.restore(run / "checkpoints")
+    found = checkpoint.verify(run / "checkpoints")
+    assert found.pop(8)
+    assert found == dict.fromkeys([3, 6])
+
+
+def converting(rank: int, size: int, run: str, to: str) -> tuple[int, int]:
+    """Bytes at the peak above those before, and of the model."""
+    convert.main([run, f"{to}/once", "--to", "native"])  # imports jax
+    processes.reset_peak()
+    before = processes.resident()
+    convert.main([run, f"{to}/again", "--to", "native"])
+    return processes.peak() - before, (Path(to) / "again/model.safetensors").stat().st_size
+
+
+@SLOW
+def test_a_run_s_folder_is_converted_a_unit_at_a_time(tmp_path):
+    cfg = replace(TINY, width=512, layers=16, heads=8, kv_heads=8, hidden=1024)
+    meta = {"model": asdict(cfg), "stored_dtype": "float32"}
+    checkpoint.save(tmp_path / "run/checkpoints", 1, train.init_state(model.init(cfg), OPT), meta).wait()
+    [(above, whole)] = processes.run(1, converting, str(tmp_path / "run"), str(tmp_path))
+    assert whole > 160e6
+    assert above < 40e6  # four units of 10 MB: what is read, a view of it, and Orbax's own
+
+
+class Gone:
+    """A store whose launcher has ended."""
+
+    def set(self, *_) -> None:
+        raise RuntimeError("Broken pipe")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_ranks_that_cannot_agree_where_to_stop_do_not_wait_for_ever(monkeypatch, asked):
+    """Rank 1 never says which step it is in; or the store is gone when the signal comes."""
+    monkeypatch.setattr(stopping, "ECHO", 0)
+    store, said = dist.HashStore(), []
+    store.set_timeout(timedelta(seconds=0.1))
+    if asked:
+        stop = Stop(0, 2, store, said.append)
+        stop.ask(signal.SIGTERM)
+        stop.listen(threading.Event())
+    else:
+        Stop(0, 2, Gone(), said.append).ask(signal.SIGTERM)
+    assert ["cannot agree where to stop" in why for why in said] == [True]
+
+
+def test_a_stop_before_the_first_step_says_so():
+    said = resuming.farewell([], signal.SIGTERM, 0, saved=True, alone=True)
+    assert said.startswith("stopped by SIGTERM before the first step, with nothing to save; resume with: python -m")
 
 
 def test_the_command_that_goes_on_does_not_begin_again():
