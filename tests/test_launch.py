@@ -225,7 +225,8 @@ def test_ctrl_c_ends_all(launch, inputs, tmp_path):
     run = launch(*torchrun(), *inputs, "--out", tmp_path / "run", *ENDLESS)
     steps_run(tmp_path / "run", run)
     run.process.send_signal(signal.SIGINT)
-    run.wait(30)
+    assert run.wait(30) == 1  # torchrun's own, whatever its ranks return
+    assert checkpoint.steps(tmp_path / "run/checkpoints")
     assert run.text().count("stopped by SIGINT after step") == 1, run.text()
     assert run.reasons() == []
 
