@@ -11,6 +11,7 @@ from PIL import Image
 from lumina_fn.errors import printable
 
 SIDE = 160  # pixels of a picture shown
+LONGEST = 600  # characters of a caption, name or reason
 LISTED, GROUPS, MEMBERS = (
     200,
     24,
@@ -66,7 +67,8 @@ def shown_rows(report: Mapping[str, Any]) -> list[int]:
 
 
 def _text(value: object) -> str:
-    return escape(printable(value), quote=True)
+    said = printable(value)
+    return escape(said if len(said) <= LONGEST else said[:LONGEST] + "...", quote=True)
 
 
 def _section(title: str, body: str) -> str:

@@ -101,7 +101,9 @@ def at_entry(
     picture: Callable[[Look], Image.Image] | None,
 ) -> Look:
     """A row of a manifest. The prompt is that of `rows`; `picture` shows what the picture looks like, where anything does."""
-    look = Look(entry["row"], entry["file"], reason=entry.get("reason"), sha256=entry.get("sha256"), item=entry["item"])
+    look = Look(
+        entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry.get("sha256"), item=entry["item"]
+    )
     if rows is not None and look.row < len(rows):
         file, caption = written(rows[look.row])
         if file == look.file and isinstance(caption, str):

@@ -1,6 +1,7 @@
 """Looking at datasets: what a report counts, that strangers' text stays text, that duplicates are found, and that verify notices."""
 
 import json
+import os
 import re
 import sys
 
@@ -141,6 +142,21 @@ def test_the_page_loads_and_runs_nothing(call, tmp_path, made):
     assert not re.search(r"<script|<link|<iframe|://|url\(|\x1b|\u202e", page)
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'(?:src|href)="([^"]*)', page))
     assert "default-src 'none'" in page
+
+
+def test_hostile_rows_are_only_rows(call, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    noise((64, 64), 0).save(tmp_path / "fine.png")
+    files = ["pipe.png", "\ud800.png", "a\0b", "/dev/zero", "x" * 5000, tmp_path.name, "."]
+    rows = [{"file": file, "prompt": "x"} for file in files] + [None, 5, [], {}, {"file": {}, "prompt": []}]
+    rows += [{"file": "fine.png", "prompt": "half \ud800 of a pair"}, {"file": "fine.png", "prompt": "long " * 10**5}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    for flags in ((), ("--model", MODEL)):
+        found = report(
+            call, tmp_path, tmp_path / "data.json", "--size", 64, "--out", tmp_path / "out", "--overwrite", *flags
+        )
+        assert found["counts"] == {"rows": 14, "done": 1 if flags else 2, "quarantined": 13 if flags else 12}
+        assert len((tmp_path / "out/report.html").read_text()) < 100_000
 
 
 def test_samples_follow_the_seed(call, tmp_path, made):
