@@ -1,0 +1,145 @@
+"""Come here from MindSpeed-MM's guide, or with features that were extracted already.
+
+    python -m experiments.migrate GUIDE_DIR --out DIR
+    python -m experiments.migrate FEATURES_DIR --out DIR --model DIR
+
+GUIDE_DIR is a MindSpeed-MM checkout, or a folder with the guide's files. Nothing in it is run. The commands that do the same here
+are printed and written to DIR/commands.sh, what became of each field to DIR/report.md; a field that would change results is an
+error that names it. FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM):
+DIR becomes a feature set for experiments.finetune. What does not fit is listed with the reason in DIR/quarantine.jsonl.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from experiments import migration_guide, settings
+from experiments.migration_guide import Command, Guide
+from experiments.migration_shell import quoted
+from experiments.settings import POSITIONAL
+from lumina_fn import data, errors, files, imported, prompt, shards
+from lumina_fn.errors import InputError, printable
+from lumina_fn.shards import Feature, Origin, Rejected
+
+PROJECT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    source: Annotated[Path, "a MindSpeed-MM checkout, a folder with the guide's files, or one of extracted features", POSITIONAL]  # fmt: skip
+    out: Annotated[Path, "folder to write, must not exist"]
+    model: Annotated[Path | None, "for features: the model's folder; only its tokenizer is read"] = None
+    size: Annotated[int, "for features: pixels of the side they were extracted for (target_size); 0: not known"] = 0
+    overwrite: Annotated[bool, "replace an existing OUT"] = False
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run = settings.parse(Settings, __doc__, argv)
+    if not run.source.is_dir():
+        raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
+    if imported.indexes(run.source):
+        _features(run)
+    elif run.model is not None or run.size:
+        raise InputError(f"{run.source} holds no extracted features, which --model and --size are for")
+    else:
+        _guide(run)
+
+
+def _features(run: Settings) -> None:
+    if run.model is None:
+        raise InputError(f"{run.source} holds extracted features: name their model's folder with --model")
+    tokenizer = prompt.load_tokenizer(run.model)
+    origin = Origin(run.size, 0, tokenizer.ids, tokenizer.fingerprint, vq="")
+    files.place(run.out, [run.source, run.model])
+    left: list[imported.Left] = []
+    with files.new_folder(run.out, run.overwrite) as folder:
+        file_of: dict[int, str] = {}
+        done = data.write_features(folder, _kept(imported.read(run.source, tokenizer), left, file_of), origin)
+        if not done:
+            raise InputError(f"{run.source}: none of {len(left)} records could be used; the first: {left[0].reason}")
+        _write_manifest(folder, left, file_of)
+    twice = sum(item.duplicate for item in left)
+    print(
+        printable(
+            f"{done} features, {len(left) - twice} quarantined, {twice} duplicates of a record left out: {run.out}"
+        )
+    )
+
+
+def _kept(
+    results: Iterator[tuple[Feature, str] | imported.Left], left: list[imported.Left], file_of: dict[int, str]
+) -> Iterator[Feature]:
+    """The features; what became none goes to the list."""
+    for result in results:
+        if isinstance(result, imported.Left):
+            left.append(result)
+        else:
+            feature, file_of[result[0].row] = result
+            yield feature
+
+
+def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, str]) -> None:
+    rejected = [Rejected(item.row, item.file, item.reason) for item in left]
+    lines = [r._asdict() for r in rejected]
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"row": r.row, "file": r.file, "status": "quarantined", "reason": r.reason} for r in rejected]
+    for entry in shards.read_index(folder).entries:
+        content = shards.read(folder / entry.file)
+        lines += shards.manifest(entry.file, content, file_of, lambda source: None)
+    lines.sort(key=lambda line: line["row"])
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _guide(run: Settings) -> None:
+    guide = migration_guide.read(run.source)
+    if refused := [f"{line.file}: {line.field} {line.value}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
+        raise InputError(f"{len(refused)} of its fields would change results: {'; '.join(refused)}")
+    script = commands(guide)
+    with files.new_folder(run.out, run.overwrite) as folder:
+        (folder / "commands.sh").write_text(script)
+        (folder / "report.md").write_text(report(guide))
+        record = {"working_directory": str(guide.root), "fields": [line._asdict() for line in guide.lines], "commands": [c._asdict() for c in guide.commands]}  # fmt: skip
+        (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(printable(line) for line in script.splitlines()))
+    for line in guide.lines:
+        if line.kind == "note":
+            print(printable(f"note: {line.file}: {line.field} {line.value}: {line.here}"))
+    print(printable(f"{len(guide.lines)} fields, each in {run.out / 'report.md'}; the commands above are in {run.out / 'commands.sh'}"))  # fmt: skip
+
+
+def commands(guide: Guide) -> str:
+    """A script of the commands, each with a line that says what it does."""
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# The guide's scripts worked in {printable(guide.root)}: relative paths were found against it.",
+        "set -eu",
+        quoted(["cd", str(PROJECT)]),
+    ]
+    for path in guide.set_env:
+        lines.append(f"if [ -f {quoted([path])} ]; then set +u; . {quoted([path])}; set -u; fi")
+    for command in guide.commands:
+        mark = "" if command.active else "# "
+        note = "" if command.active else " (or, instead of the above)"
+        lines += ["", f"# {command.what}{note}", mark + shown(command)]
+    return "\n".join(lines) + "\n"
+
+
+def shown(command: Command) -> str:
+    """A command as one line of a shell."""
+    return " ".join([*(f"{name}={quoted([value])}" for name, value in command.environment.items()), quoted(command.words)])  # fmt: skip
+
+
+def report(guide: Guide) -> str:
+    cell = lambda text: printable(text).replace("|", "\\|") or "-"
+    rows = [f"| {cell(line.file)} | `{cell(line.field)}` | {cell(line.value)} | {line.kind} | {cell(line.here)} |" for line in guide.lines]  # fmt: skip
+    head = [
+        "# What became of the guide's fields", "", f"The scripts' working directory: {printable(guide.root)}", "",
+        "| file | field | value | | here |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join([*head, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    errors.run(main)

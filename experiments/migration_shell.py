@@ -1,0 +1,312 @@
+"""What a launch script of the MindSpeed-MM guide says, read without a shell: its variables, its exports and the one command it starts.
+
+Assignments and words are expanded as a shell would ($A, ${A}, ${A:-b}, $((A*B))). What is not known before it runs, such as $(date),
+is an error only where the command or an export needs it; what decides what is run (if, for, cd, arrays) always is.
+"""
+
+import ast
+import operator
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from lumina_fn.errors import InputError
+
+MAX_SCRIPT = 1 << 20  # bytes
+MAX_VALUE = 1 << 16  # characters; a value may name another one twice, and so on
+MAX_DEPTH = 8  # of ${A:-${B:-...}}
+# They change no variable and start no training.
+HARMLESS = frozenset(
+    ("mkdir", "chmod", "chown", "find", "echo", "printf", "tee", "set", "ulimit", "sleep", "date", "ls", "rm", "test", "[", "[[", "wait", "true", "conda", "npu-smi")
+)  # fmt: skip
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)(?::?[-=](.*))?\}|\$([A-Za-z_]\w*)", re.DOTALL)
+_SUMS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: lambda a, b: int(a / b), ast.Mod: lambda a, b: a - b * int(a / b),
+}  # fmt: skip
+
+
+class Unknown(ValueError):
+    """A value that only the shell would know."""
+
+
+class Piece(NamedTuple):
+    text: str
+    expands: bool
+    splits: bool  # into words, after it is expanded
+
+
+class Statement(NamedTuple):
+    line: int
+    words: list[list[Piece]]
+    before: str  # what stands between it and the statement before: a newline, ;, |, &, && or ||
+
+
+@dataclass
+class Script:
+    path: Path
+    variables: dict[str, str | Unknown] = field(default_factory=dict)
+    exports: set[str] = field(default_factory=set)
+    set_env: str | None = None  # the CANN set_env.sh that it sources
+    command: list[str] = field(default_factory=list)  # torchrun and its words
+
+    def value(self, name: str) -> str:
+        """The value of a variable. Raises Unknown."""
+        value = self.variables.get(name)
+        if value is None:
+            raise Unknown(f"${name} is set nowhere in the script")
+        if isinstance(value, Unknown):
+            raise value
+        return value
+
+
+def read(path: Path) -> Script:
+    """The script's variables and command. Raises InputError naming the line that cannot be understood."""
+    try:
+        if path.stat().st_size > MAX_SCRIPT:
+            raise InputError(f"{path} has more than {MAX_SCRIPT} bytes: expected the guide's script")
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected the guide's script") from error
+    script, line = Script(path), 0
+    try:
+        for statement in statements(text):
+            line = statement.line
+            _follow(script, statement)
+    except Unknown as error:
+        raise InputError(f"{path}, line {line}: {error}; write what it comes to") from error
+    if not script.command:
+        raise InputError(f"{path} starts no torchrun; expected the guide's script")
+    return script
+
+
+def _follow(script: Script, statement: Statement) -> None:
+    words = statement.words
+    first = _flat(words[0])
+    if statement.before == "|" and first in HARMLESS | {"grep", "awk", "head", "tail", "cat"}:
+        return
+    prefix = 0
+    while prefix < len(words) and _ASSIGNMENT.match(_flat(words[prefix])):
+        prefix += 1
+    if prefix or first == "export" or first == "torchrun" or first.startswith("python"):
+        if statement.before in ("&&", "||", "|", "&"):
+            raise Unknown(f"`{first}` after `{statement.before}` depends on what ran before")
+        if first == "export":
+            for word in words[1:]:
+                _export(script, word)
+            return
+        for word in words[:prefix]:
+            name = _assign(script, word)
+            if prefix < len(words):
+                script.exports.add(name)
+        if prefix < len(words):
+            _start(script, words[prefix:])
+    elif first in ("source", "."):
+        target = _flat(words[1]) if len(words) > 1 else ""
+        if not target.endswith("set_env.sh"):
+            raise Unknown(f"`{first} {target}` may set anything")
+        script.set_env = target
+    elif first not in HARMLESS:
+        raise Unknown(f"`{first}` is not read")
+
+
+def _start(script: Script, words: list[list[Piece]]) -> None:
+    found = [part for word in words for part in expand_word(script, word)]
+    if found[:1] != ["torchrun"] and found[1:3] not in (
+        ["-m", "torch.distributed.run"],
+        ["-m", "torch.distributed.launch"],
+    ):
+        raise Unknown(f"`{' '.join(found[:3])}` is not torchrun")
+    if script.command:
+        raise Unknown("a second torchrun")
+    script.command = found[1:] if found[0] == "torchrun" else found[3:]
+
+
+def _export(script: Script, word: list[Piece]) -> None:
+    script.exports.add(_assign(script, word) if _ASSIGNMENT.match(_flat(word)) else _flat(word))
+
+
+def _assign(script: Script, word: list[Piece]) -> str:
+    match = _ASSIGNMENT.match(_flat(word))
+    value = [word[0]._replace(text=word[0].text[match.end() :]), *word[1:]]
+    try:
+        text = "".join(_expanded(script, piece) for piece in value)
+        script.variables[match[1]] = (script.value(match[1]) if match[2] else "") + text
+    except Unknown as error:
+        script.variables[match[1]] = error
+    return match[1]
+
+
+def _flat(word: list[Piece]) -> str:
+    return "".join(piece.text for piece in word)
+
+
+def expand_word(script: Script, word: list[Piece]) -> list[str]:
+    """The words that a word becomes. Raises Unknown."""
+    parts, open_word = [], False  # the last of `parts` may still grow
+    for piece in word:
+        text = _expanded(script, piece)
+        split = re.split(r"[ \t\n]+", text) if piece.splits else [text]
+        for i, part in enumerate(split):
+            if i or not open_word:
+                parts.append(part)
+            else:
+                parts[-1] += part
+            open_word = True
+    return [p for p in parts if p] if any(piece.splits for piece in word) else parts
+
+
+def _expanded(script: Script, piece: Piece) -> str:
+    return expand(script, piece.text) if piece.expands else piece.text
+
+
+def expand(script: Script, text: str, depth: int = 0) -> str:
+    """The text with every $... replaced. Raises Unknown."""
+    out, at = [], 0
+    while (found := re.compile(r"[$`]").search(text, at)) is not None:
+        out.append(text[at : found.start()])
+        at = _end(text, found.start())
+        out.append(_replaced(script, text[found.start() : at], depth))
+    out.append(text[at:])
+    value = "".join(out)
+    if len(value) > MAX_VALUE:
+        raise Unknown(f"a value has more than {MAX_VALUE} characters")
+    return value
+
+
+def _replaced(script: Script, reference: str, depth: int) -> str:
+    if reference == "$":
+        return reference
+    if reference.startswith("$(("):
+        return str(_sum(script, reference[3:-2], depth))
+    match = _REFERENCE.fullmatch(reference)
+    if match is None or depth > MAX_DEPTH:
+        raise Unknown(f"{reference} is known when the script runs")
+    name = match[1] or match[3]
+    if match[2] is not None and not script.variables.get(name):
+        return expand(script, match[2], depth + 1)
+    return script.value(name)
+
+
+def _sum(script: Script, text: str, depth: int) -> int:
+    plain = re.sub(r"[A-Za-z_]\w*", lambda m: script.value(m[0]), expand(script, text, depth + 1))
+    if len(plain) > 200 or not re.fullmatch(r"[\d\s+\-*/%()]+", plain):
+        raise Unknown(f"$(({text})) is not a plain sum")
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _SUMS:
+                return _SUMS[type(op)](value(left), value(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -value(operand)
+        raise Unknown(f"$(({text})) is not a plain sum")
+
+    try:
+        return value(ast.parse(plain.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError) as error:
+        raise Unknown(f"$(({text})) cannot be computed") from error
+
+
+def _end(text: str, at: int) -> int:
+    """Where the reference that begins at `at` ends."""
+    if text[at] == "`":
+        return text.find("`", at + 1) + 1 or len(text)
+    opened = text[at + 1 : at + 2]
+    if opened and opened in "({":
+        closing, depth = {"(": ")", "{": "}"}[opened], 0
+        for i in range(at + 1, len(text)):
+            depth += (text[i] == opened) - (text[i] == closing)
+            if depth == 0:
+                return i + 1
+        raise Unknown(f"{text[at : at + 20]!r} has no end")
+    return re.compile(r"\$([A-Za-z_]\w*|[^\w\s\"']|\d)?").match(text, at).end()
+
+
+def statements(text: str) -> Iterator[Statement]:
+    """The script's simple commands, unexpanded. Raises Unknown for what has no end, arrays and here-documents."""
+    words, word, at, line, start, before = [], None, 0, 1, 1, "\n"
+    while at <= len(text):
+        c = text[at : at + 1]
+        if c in ("", "\n", ";", "|", "&", " ", "\t"):
+            if word is not None:
+                words.append(word)
+                word = None
+            if c not in (" ", "\t"):
+                operator_ = c * 2 if c in ("|", "&") and text[at : at + 2] == c * 2 else c
+                if words:
+                    yield Statement(start, words, before)
+                    words = []
+                before = operator_
+                at += max(len(operator_) - 1, 0)
+            line += c == "\n"
+            at += 1
+            continue
+        if word is None:
+            if c == "#":
+                at = text.find("\n", at) if "\n" in text[at:] else len(text)
+                continue
+            start = start if words else line
+        if c in "<>":
+            at = _redirection(text, at)
+            if word is not None and not _flat(word).isdecimal():  # 2>&1: the number is no word
+                words.append(word)
+            word = None
+            continue
+        if c in "()":
+            raise Unknown(f"line {line}: `{c}` opens or closes what is not read (an array, a function)")
+        piece, end = _piece(text, at)
+        if text[at : at + 2] != "\\\n":
+            word = [*(word or []), *piece]
+        line += text.count("\n", at, end)
+        at = end
+
+
+def _redirection(text: str, at: int) -> int:
+    """Where a redirection that begins at `at` ends: it says where output goes."""
+    match = re.compile(r"(>>|>|<)&?[ \t]*([^\s;|&<>]*)").match(text, at)
+    if text.startswith("<<", at) or not match[2]:
+        raise Unknown(f"{text[at : at + 20]!r} is not read")
+    return match.end()
+
+
+def _piece(text: str, at: int) -> tuple[list[Piece], int]:
+    """The quoted or plain stretch that begins at `at`, and where it ends."""
+    c = text[at]
+    if c == "'":
+        end = text.find("'", at + 1)
+        if end < 0:
+            raise Unknown("a quote has no end")
+        return [Piece(text[at + 1 : end], False, False)], end + 1
+    if c == "\\":
+        return [Piece(text[at + 1 : at + 2], False, False)], at + 2
+    if c == '"':
+        return _double_quoted(text, at + 1)
+    end = at
+    while end < len(text) and text[end] not in " \t\n;|&<>()'\"\\":
+        end = _end(text, end) if text[end] in "$`" else end + 1
+    return [Piece(text[at:end], True, True)], end
+
+
+def _double_quoted(text: str, at: int) -> tuple[list[Piece], int]:
+    pieces, begin = [], at
+    while at < len(text) and text[at] != '"':
+        if text[at] == "\\" and text[at + 1 : at + 2] in tuple('"\\$`\n'):
+            literal = text[at + 1].replace("\n", "")
+            pieces += [Piece(text[begin:at], True, False), Piece(literal, False, False)]
+            begin = at = at + 2
+        else:
+            at = _end(text, at) if text[at] in "$`" else at + 1
+    if at >= len(text):
+        raise Unknown("a quote has no end")
+    return [*pieces, Piece(text[begin:at], True, False)], at + 1
+
+
+def quoted(words: list[str]) -> str:
+    """Words as a shell's line."""
+    return " ".join(shlex.quote(word) for word in words)
