@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated
 
 from experiments import migration_guide, settings
-from experiments.migration_guide import Command, Guide
+from experiments.migration_commands import Command
+from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
 from experiments.settings import POSITIONAL
 from lumina_fn import data, errors, files, imported, prompt, shards

@@ -200,6 +200,10 @@ LAUNCH: dict[str, Rule] = {
 }
 
 
+def refuse(lines: list[Line], file: str, field: str, value: Any, why: str) -> None:
+    lines.append(Line(file, field, str(value), "refused", why))
+
+
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields of a JSON object by their dotted paths; lists and empty objects are values."""
     if prefix.count(".") > MAX_DEPTH:

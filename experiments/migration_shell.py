@@ -8,11 +8,10 @@ import ast
 import operator
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from experiments.migration_words import Piece, Statement, Unknown, end_of, statements
 from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
@@ -28,22 +27,6 @@ _SUMS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: lambda a, b: int(a / b), ast.Mod: lambda a, b: a - b * int(a / b),
 }  # fmt: skip
-
-
-class Unknown(ValueError):
-    """A value that only the shell would know."""
-
-
-class Piece(NamedTuple):
-    text: str
-    expands: bool
-    splits: bool  # into words, after it is expanded
-
-
-class Statement(NamedTuple):
-    line: int
-    words: list[list[Piece]]
-    before: str  # what stands between it and the statement before: a newline, ;, |, &, && or ||
 
 
 @dataclass
@@ -169,7 +152,7 @@ def expand(script: Script, text: str, depth: int = 0) -> str:
     out, at = [], 0
     while (found := re.compile(r"[$`]").search(text, at)) is not None:
         out.append(text[at : found.start()])
-        at = _end(text, found.start())
+        at = end_of(text, found.start())
         out.append(_replaced(script, text[found.start() : at], depth))
     out.append(text[at:])
     value = "".join(out)
@@ -211,100 +194,6 @@ def _sum(script: Script, text: str, depth: int) -> int:
         return value(ast.parse(plain.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError) as error:
         raise Unknown(f"$(({text})) cannot be computed") from error
-
-
-def _end(text: str, at: int) -> int:
-    """Where the reference that begins at `at` ends."""
-    if text[at] == "`":
-        return text.find("`", at + 1) + 1 or len(text)
-    opened = text[at + 1 : at + 2]
-    if opened and opened in "({":
-        closing, depth = {"(": ")", "{": "}"}[opened], 0
-        for i in range(at + 1, len(text)):
-            depth += (text[i] == opened) - (text[i] == closing)
-            if depth == 0:
-                return i + 1
-        raise Unknown(f"{text[at : at + 20]!r} has no end")
-    return re.compile(r"\$([A-Za-z_]\w*|[^\w\s\"']|\d)?").match(text, at).end()
-
-
-def statements(text: str) -> Iterator[Statement]:
-    """The script's simple commands, unexpanded. Raises Unknown for what has no end, arrays and here-documents."""
-    words, word, at, line, start, before = [], None, 0, 1, 1, "\n"
-    while at <= len(text):
-        c = text[at : at + 1]
-        if c in ("", "\n", ";", "|", "&", " ", "\t"):
-            if word is not None:
-                words.append(word)
-                word = None
-            if c not in (" ", "\t"):
-                operator_ = c * 2 if c in ("|", "&") and text[at : at + 2] == c * 2 else c
-                if words:
-                    yield Statement(start, words, before)
-                    words = []
-                before = operator_
-                at += max(len(operator_) - 1, 0)
-            line += c == "\n"
-            at += 1
-            continue
-        if word is None:
-            if c == "#":
-                at = text.find("\n", at) if "\n" in text[at:] else len(text)
-                continue
-            start = start if words else line
-        if c in "<>":
-            at = _redirection(text, at)
-            if word is not None and not _flat(word).isdecimal():  # 2>&1: the number is no word
-                words.append(word)
-            word = None
-            continue
-        if c in "()":
-            raise Unknown(f"line {line}: `{c}` opens or closes what is not read (an array, a function)")
-        piece, end = _piece(text, at)
-        if text[at : at + 2] != "\\\n":
-            word = [*(word or []), *piece]
-        line += text.count("\n", at, end)
-        at = end
-
-
-def _redirection(text: str, at: int) -> int:
-    """Where a redirection that begins at `at` ends: it says where output goes."""
-    match = re.compile(r"(>>|>|<)&?[ \t]*([^\s;|&<>]*)").match(text, at)
-    if text.startswith("<<", at) or not match[2]:
-        raise Unknown(f"{text[at : at + 20]!r} is not read")
-    return match.end()
-
-
-def _piece(text: str, at: int) -> tuple[list[Piece], int]:
-    """The quoted or plain stretch that begins at `at`, and where it ends."""
-    c = text[at]
-    if c == "'":
-        end = text.find("'", at + 1)
-        if end < 0:
-            raise Unknown("a quote has no end")
-        return [Piece(text[at + 1 : end], False, False)], end + 1
-    if c == "\\":
-        return [Piece(text[at + 1 : at + 2], False, False)], at + 2
-    if c == '"':
-        return _double_quoted(text, at + 1)
-    end = at
-    while end < len(text) and text[end] not in " \t\n;|&<>()'\"\\":
-        end = _end(text, end) if text[end] in "$`" else end + 1
-    return [Piece(text[at:end], True, True)], end
-
-
-def _double_quoted(text: str, at: int) -> tuple[list[Piece], int]:
-    pieces, begin = [], at
-    while at < len(text) and text[at] != '"':
-        if text[at] == "\\" and text[at + 1 : at + 2] in tuple('"\\$`\n'):
-            literal = text[at + 1].replace("\n", "")
-            pieces += [Piece(text[begin:at], True, False), Piece(literal, False, False)]
-            begin = at = at + 2
-        else:
-            at = _end(text, at) if text[at] in "$`" else at + 1
-    if at >= len(text):
-        raise Unknown("a quote has no end")
-    return [*pieces, Piece(text[begin:at], True, False)], at + 1
 
 
 def quoted(words: list[str]) -> str:

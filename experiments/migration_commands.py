@@ -1,0 +1,157 @@
+"""The values that the MindSpeed-MM guide's files give, as commands."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import migration_fields
+from experiments.migration_fields import DTYPES, Line, refuse, same
+from lumina_fn import imported, sources
+
+PROMPT = "a lighthouse at dusk"
+
+
+class Command(NamedTuple):
+    what: str
+    environment: dict[str, str]
+    words: list[str]
+    active: bool = True  # or a comment
+
+
+def make(
+    root: Path, found: dict[str, dict[str, Any]], environments: list[dict[str, str]], lines: list[Line]
+) -> list[Command]:
+    """Raises KeyError for a field that must be given and is not, ValueError or TypeError for a value that is none."""
+    at = lambda value: os.path.normpath(root / value)
+    basic, mapped = "dataset_param.basic_parameters.data_config.path", found["pretrain.sh flags"]
+    data, vq = (
+        at(found["feature_extract/data.json"][basic]),
+        at(found["feature_extract/model.json"]["ae.from_pretrained"]),
+    )
+    model = at(found["feature_extract/data.json"]["dataset_param.tokenizer_config.from_pretrained"])
+    size = _whole(found["feature_extract/data.json"]["dataset_param.preprocess_parameters.target_size"])
+    extracted = at(found["mindspeed_mm/tools/tools.json"]["sorafeature.save_path"])
+    theirs = Path(at(found["feature_data.json"][basic])).parent
+    load, out = at(mapped["--load"]), _fresh(at(mapped["--save"]))
+    for what, path in (
+        ("DATA.json", data),
+        ("the MoVQGAN", vq),
+        ("the Hugging Face folder", model),
+        ("the weights", load),
+    ):
+        if not Path(path).exists():
+            lines.append(Line(what, "path", path, "note", "is not there (yet)"))
+    have = bool(theirs.is_dir() and imported.indexes(theirs))
+    if not have and str(theirs) != extracted:
+        refuse(lines, "feature_data.json", basic, theirs, f"tools.json has features written to {extracted}, and there are none here: name one folder in both")  # fmt: skip
+    features = _fresh(str(theirs))
+    devices = [{key: str(value) for key, value in found[f"{name} launch"].items()} for name in ("feature_extraction.sh", "pretrain.sh")]  # fmt: skip
+    pretokenize = ["-m", "experiments.pretokenize", data, features, "--model", model, "--vq", vq, "--size", str(size), "--image-root", str(root)]  # fmt: skip
+    run = ["--model", load, "--features", features, "--out", out, *_training(found, devices[1], lines)]
+    migrate = ["python", "-m", "experiments.migrate", str(theirs), "--out", features, "--model", model, "--size", str(size)]  # fmt: skip
+    commands = [Command("the features that were extracted already", {}, migrate)] if have else []
+    commands += [
+        Command("features from the pictures", environments[0], _launched(pretokenize, devices[0]), active=not have),
+        _finetune(run, devices[1], environments[1]),
+    ]
+    if load != model:
+        beside = [f"{model}/tokenizer.json", f"{model}/tokenizer_config.json"]
+        commands.append(Command("the converted weights came without their tokenizer", {}, ["cp", *beside, f"{out}/model/"]))  # fmt: skip
+    tuned, side = f"{out}/model", str(size)
+    commands += [
+        Command("pictures", environments[1], ["python", "-m", "experiments.sample", "--model", tuned, "--vq", vq, "--prompt", PROMPT, "--width", side, "--height", side, "--out", f"{out}-pictures"]),
+        Command("the result for other tools", {}, ["python", "-m", "lumina_fn.convert", tuned, f"{out}-hf", "--to", "hf"]),
+        Command("the result for MindSpeed-MM", {}, ["python", "-m", "lumina_fn.convert", tuned, f"{out}-mindspeed", "--to", "mindspeed"]),
+    ]  # fmt: skip
+    return commands
+
+
+def _whole(value: Any) -> int:
+    return int(str(value))  # not of 256.5, not of true
+
+
+def _fresh(place: str) -> str:
+    """The place itself, or one beside it where it holds what MindSpeed-MM wrote."""
+    folder = Path(place)
+    used = folder.is_dir() and (
+        imported.indexes(folder) or any(folder.glob("iter_*")) or (folder / sources.ITERATION).exists()
+    )
+    return f"{place}-lumina" if used else place
+
+
+def _launched(words: list[str], devices: dict[str, str]) -> list[str]:
+    count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
+    if count * nodes == 1:
+        return ["python", *words]
+    where = [
+        word for flag, value in devices.items() if nodes > 1 or flag == "--nproc-per-node" for word in (flag, value)
+    ]
+    return ["torchrun", *where, *words]
+
+
+def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, str]) -> Command:
+    count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
+    if count * nodes == 1:
+        return Command("training", environment, ["python", "-m", "experiments.finetune", *run])
+    what = "training" if nodes == 1 else f"training, on each of {nodes} machines with its own NODE_RANK"
+    names = {migration_fields.LAUNCH[flag].flag: value for flag, value in devices.items()}
+    script = "experiments/launch/ascend_1x8.sh" if nodes == 1 else "experiments/launch/ascend_2x8.sh"
+    return Command(what, environment | names, ["bash", script, *run])
+
+
+def _training(found: dict[str, dict[str, Any]], devices: dict[str, str], lines: list[Line]) -> list[str]:
+    """The flags of finetune, but for paths."""
+    flags, fields = found["pretrain.sh flags"], found["model.json"]
+    processes = _whole(devices["--nproc-per-node"]) * _whole(devices["--nnodes"])
+    micro = _whole(flags["--micro-batch-size"])
+    batch = _whole(flags.get("--global-batch-size", micro * processes))
+    if micro < 1 or processes < 1 or batch < 1 or batch % (micro * processes):
+        refuse(lines, "pretrain.sh", "--global-batch-size", batch, f"no multiple of {micro} x {processes} devices")
+    clip = float(flags["--clip-grad"])
+    words = {
+        "--steps": _whole(flags["--train-iters"]), "--batch": batch, "--micro-batch": micro, "--lr": float(flags["--lr"]),
+        "--warmup": _whole(flags["--lr-warmup-iters"]), "--schedule": _schedule(flags, lines), "--weight-decay": float(flags["--weight-decay"]),
+        "--clip": clip if clip > 0 else math.inf, "--z-weight": float(fields["z_loss_weight"]), "--caption-drop": 0.1,
+        "--dtype": _dtype("dtype", fields["dtype"], lines), "--log-every": _whole(flags["--log-interval"]),
+        "--last": "drop" if same(found["feature_data.json"]["dataloader_param.drop_last"], True) else "partial",
+    }  # fmt: skip
+    words |= {ours: _whole(flags[theirs]) for theirs, ours in (("--save-interval", "--save-every"), ("--seed", "--seed")) if theirs in flags}  # fmt: skip
+    if words["--warmup"]:
+        lines.append(Line("pretrain.sh", "--lr-warmup-iters", str(words["--warmup"]), "note", "step k of W, from 0, has the rate lr (k + 1) / W"))  # fmt: skip
+    out = [word for flag, value in words.items() for word in (flag, str(value))]
+    return out + (_sharding(fields, lines) if processes > 1 else [])
+
+
+def _schedule(flags: dict[str, Any], lines: list[Line]) -> str:
+    style, steps = flags["--lr-decay-style"], flags["--train-iters"]
+    if style == "cosine" and same(flags["--min-lr"], 0) and same(flags.get("--lr-decay-iters", steps), steps):
+        return "cosine"
+    if style != "constant":
+        refuse(lines, "pretrain.sh", "--lr-decay-style", style, "constant, or cosine that ends at --min-lr 0 after --train-iters, are offered")  # fmt: skip
+    return "constant"
+
+
+def _dtype(field: str, value: Any, lines: list[Line]) -> str:
+    if value not in DTYPES:
+        refuse(lines, "model.json", field, value, "bf16 and fp32 are offered; fp16 needs loss scaling, which is not")
+    elif value == "tf32":
+        lines.append(Line("model.json", field, value, "note", "float32: torch.float there, too"))
+    return DTYPES.get(value, "float32")
+
+
+def _sharding(fields: dict[str, Any], lines: list[Line]) -> list[str]:
+    fsdp = {key.split(".")[-1]: value for key, value in fields.items() if key.startswith("patch.use_fsdp1.")}
+    if not fsdp:
+        return ["--strategy", "no"]
+    get = lambda name, default: fsdp.get(name, default)  # theirs
+    strategy, backward = get("sharding_strategy", "fsdp"), get("backward_prefetch", "backward_pre")
+    if strategy not in ("fsdp", "sdp", "no", "hybrid", "hybrid_zero2"):
+        refuse(lines, "model.json", "sharding_strategy", strategy, "expected fsdp, sdp, no, hybrid or hybrid_zero2")
+    if backward not in ("backward_pre", "backward_post"):
+        refuse(lines, "model.json", "backward_prefetch", backward, "expected backward_pre or backward_post")
+    out = ["--strategy", str(strategy)]
+    for name, default in (("param_dtype", "bf16"), ("reduce_dtype", "fp32")):
+        out += [f"--{name.replace('_', '-')}", _dtype(name, get(name, default), lines)]
+    forward = same(get("forward_prefetch", False), True)
+    return [*out, "--forward-prefetch" if forward else "--no-forward-prefetch", "--backward-prefetch"]
