@@ -2,13 +2,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import define, folded
+from ops.define import define, folded, in_front
 
 
 def _written(cache, positions, new):
     cache = cache.clone()
     reference.write_cache_(cache, positions, new)
     return cache
+
+
+def _batched_in_place(info, in_dims, cache, positions, new):
+    if in_dims[0] is None:
+        raise ValueError("write_cache_ under vmap: a cache that all items share cannot hold what each of them writes")
+    rows, positions, new = in_front(info, in_dims, cache, positions, new)
+    flat = rows.flatten(0, 1)
+    write_cache_inplace_op(flat, positions.flatten(0, 1), new.flatten(0, 1))
+    if rows.stride(0) != rows.shape[1] * rows.stride(1):  # no view of the cache, but a copy
+        rows.copy_(flat.view(rows.shape))
+    return None, None
 
 
 write_cache_op = define(
@@ -21,6 +32,7 @@ write_cache_op = define(
 write_cache_inplace_op = define(
     "write_cache_(Tensor(a!) cache, Tensor positions, Tensor new) -> ()",
     fake=lambda cache, positions, new: None,
+    batched=_batched_in_place,
     default=reference.write_cache_,
     PrivateUse1=ascend.write_cache_,
 )

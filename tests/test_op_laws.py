@@ -173,6 +173,29 @@ def test_vmap_is_a_loop_that_does_not_unroll(op, last):
         assert calls == mapped(op, args, chosen, 2, last)[2]
 
 
+@pytest.mark.parametrize("dim", [0, 1, 4])
+@pytest.mark.parametrize("others", [True, False], ids=["each", "shared"])
+def test_caches_are_written_in_place_by_one_call(dim, others):
+    """Wherever the axis lies; what is written may be one for all, but not the cache."""
+    cache, positions, new = arguments(torch.float64)[lumina.write_cache_.default]
+
+    def write(into, *given):
+        lumina.write_cache_.default(into, *given)
+        return into  # vmap wants a result
+
+    many = [of_tensors(partial(variant, n=n), (cache, positions, new) if others else (cache,)) for n in range(5)]
+    want = [cache.clone() for cache, *_ in many]
+    for into, (_, *given) in zip(want, many, strict=True):
+        write(into, *(given or (positions, new)))
+    into, *given = (torch.stack(xs, d) for xs, d in zip(zip(*many, strict=True), (dim, 0, 0), strict=False))
+    with Calls() as calls:
+        vmap(write, (dim, 0, 0) if others else (dim, None, None))(into, *(given or (positions, new)))
+    assert torch.equal(into, torch.stack(want, dim))
+    assert calls.counts[lumina.write_cache_.default] == 1
+    with pytest.raises(ValueError, match="a cache that all items share"):
+        vmap(write, (None, None, 0))(cache, positions, torch.stack([new, new]))
+
+
 # The CPU's flash attention and _fused_adamw_ take numbers for neighbours in memory that need not be.
 @by_layout(FUNCTIONAL)
 def test_layout_is_no_matter(op, laid):
