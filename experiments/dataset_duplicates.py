@@ -49,9 +49,7 @@ def near(pictures: Sequence[Fingerprint], distance: int) -> list[list[int]]:
     members = {i: [i] for i in range(len(pictures))}
     for key in _keys(hashes, distance):
         for bucket in _buckets(key):
-            for alike in _alike(hashes, colours, bucket, distance):
-                if (group[alike] == group[alike[0]]).all():
-                    continue
+            for alike in _alike(hashes, colours, group, bucket, distance):
                 largest, *others = sorted(np.unique(group[alike]).tolist(), key=lambda name: -len(members[name]))
                 for name in others:
                     moved = members.pop(name)
@@ -78,14 +76,19 @@ def _buckets(key: UInt64[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " m"]]:
 
 
 def _alike(
-    hashes: UInt64[np.ndarray, " n"], colours: Int16[np.ndarray, "n c"], bucket: Int[np.ndarray, " m"], distance: int
+    hashes: UInt64[np.ndarray, " n"],
+    colours: Int16[np.ndarray, "n c"],
+    group: Int[np.ndarray, " n"],
+    bucket: Int[np.ndarray, " m"],
+    distance: int,
 ) -> Iterator[Int[np.ndarray, " k"]]:
-    """Every picture of a bucket with those after it that are near it."""
+    """Pictures of a bucket, each with those that are near it and in another group by then."""
     bright = colours[bucket].mean(1)  # near colours have near means: only a window of them is compared
     order = np.argsort(bright, kind="stable")
     bucket, ends = bucket[order], np.searchsorted(bright[order], bright[order] + COLOUR, side="right")
     for i, place in enumerate(bucket):
         rest = bucket[i + 1 : ends[i]]
+        rest = rest[group[rest] != group[place]]
         rest = rest[np.bitwise_count(hashes[place] ^ hashes[rest]) <= distance]
         if len(rest):
             rest = rest[np.abs(colours[rest] - colours[place]).max(1) <= COLOUR]
