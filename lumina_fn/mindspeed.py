@@ -54,7 +54,9 @@ def find(path: Path) -> Found | None:
         found, others = _distributed(folder, path)
     else:
         found, others = _one_file(folder, path)
-    return Found(what, _plain(folder, found), _ignored(others))
+    tensors = _plain(folder, found)
+    _check_norm(folder, tensors)
+    return Found(what, tensors, _ignored(others))
 
 
 def _newest(path: Path) -> tuple[Path, str]:
@@ -102,6 +104,22 @@ def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored |
         twice = [key for key, n in Counter(map(plain_key, found)).items() if n > 1]
         raise InputError(printable(f"{folder} holds tensors under two names: {', '.join(twice)}"))
     return plain
+
+
+def _check_norm(folder: Path, tensors: dict[str, Stored | Later]) -> None:
+    """InputError where the last norm was saved in part.
+
+    With use_fsdp1, sharded_state_dict goes around FSDP's own hooks, and this one weight of the outermost FSDP unit is saved as
+    the flat part that one rank holds (seen with Megatron-LM core_v0.12.1 on two ranks): the rest is nowhere in the folder.
+    """
+    norm, embed = tensors.get("model.norm.weight"), tensors.get("model.embed_tokens.weight")
+    if norm is None or embed is None or len(norm.shape) != 1 or len(embed.shape) != 2:
+        return
+    if norm.shape[0] < embed.shape[1]:
+        raise InputError(
+            f"{folder} holds only {norm.shape[0]} of the {embed.shape[1]} values of model.norm.weight: MindSpeed's use_fsdp1 with "
+            "--ckpt-format torch_dist saves one rank's part of it; train on from a whole checkpoint and save with --ckpt-format torch"
+        )
 
 
 def _ignored(keys: Iterable[str]) -> list[str]:

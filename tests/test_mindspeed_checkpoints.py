@@ -146,6 +146,14 @@ def test_a_torch_dist_iteration_is_read(tmp_path, prefix):
     assert "'zarr'" in refused(tmp_path / "m")
 
 
+def test_a_norm_that_use_fsdp1_saved_in_part_is_said_to_be_lost(tmp_path):
+    state = {f"module.model.{key}": t for key, t in small_state().items()}
+    save(
+        tracked(tmp_path / "m"), state | {"module.model.model.norm.weight": state["module.model.model.norm.weight"][:8]}
+    )
+    assert "only 8 of the 16 values of model.norm.weight" in refused(tmp_path / "m")
+
+
 def test_a_release_folder_may_be_distributed_too(tmp_path):
     save(tmp_path / "m" / "release", {"model": small_state()})
     (tmp_path / "m" / "latest_checkpointed_iteration.txt").write_text("release\n")
@@ -293,8 +301,8 @@ def of_dtype(dtype: object) -> Change:
         (moved(relative_path="sub/__0_0.distcp"), "outside"),
         (moved(relative_path="link"), "outside"),
         (moved(relative_path="fifo"), "not a regular file"),
-        (moved(relative_path="."), "not a regular file"),
-        (moved(relative_path=""), "outside"),
+        (moved(relative_path="."), "outside"),
+        (moved(relative_path=""), "not a regular file"),
         (moved(relative_path="a\nb\x1b[31m"), "outside"),
         (moved(relative_path=None), "a place is no name"),
         (moved(relative_path="__9_0.distcp"), "__9_0.distcp is missing"),
