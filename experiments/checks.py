@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from experiments import feature_folders
 from experiments.distributed import World
-from lumina_fn import batches, data, prompt
+from lumina_fn import data, prompt
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.mixing import Mixture
 
 
 def flags(run: Any) -> None:
@@ -28,6 +30,9 @@ def flags(run: Any) -> None:
         raise InputError(f"--caption-drop {run.caption_drop}: expected a probability from 0 to 1")
     if run.shard_size is not None and run.shard_size < 1:
         raise InputError(f"--shard-size {run.shard_size}: expected at least 1")
+    if run.pack is not None and run.pack < 1:
+        raise InputError(f"--pack {run.pack}: expected at least 1")
+    feature_folders.named(run.features)
     if run.keep_every is not None and run.keep_every < 1:
         raise InputError(f"--keep-every {run.keep_every}: expected at least 1")
     if run.resume not in ("auto", "no", "last-good") and not run.resume.isdecimal():
@@ -52,27 +57,57 @@ def compiling(wanted: str | None, device: torch.device) -> str:
     )
 
 
-def features(run: Any, world: World, features: data.FeatureSet, cfg: ModelConfig) -> None:
-    """InputError for features that were made for another model."""
-    if not batches.steps_per_epoch(len(features), run.batch, run.last):
-        what = "is empty" if not len(features) else f"has {len(features)} items, fewer than --batch {run.batch}"
-        raise InputError(f"{run.features} {what}: nothing to train on; pretokenize more, or use --last partial")
+def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> None:
+    """InputError for a step that cannot be shared out as asked; what has no effect here is said."""
+    if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
+        world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
+    if run.noise_scale_every and run.batch <= micro_batch:
+        raise InputError(
+            f"--noise-scale-every {run.noise_scale_every}: a step of one micro batch has nothing to compare; "
+            "give a larger --batch or a smaller --micro-batch"
+        )
+    if run.batch < world.size:
+        world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
+
+
+def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> None:
+    """InputError for features that were made for another model, or that do not fill a step."""
+    for features in mixture.sets:
+        _of_model(run, features, cfg)
+        if mixture.weights and not len(features):
+            raise InputError(f"{features.folder} is empty: nothing to take its share from; leave it out")
+    if mixture.steps_per_epoch(run.batch, run.last) == 0:
+        names = ", ".join(str(features.folder) for features in mixture.sets)
+        what = "is empty" if not len(mixture) else f"has {len(mixture)} items, fewer than --batch {run.batch}"
+        raise InputError(f"{names} {what}: nothing to train on; pretokenize more, or use --last partial")
+    if not (run.model / "tokenizer.json").exists():
+        world.say(
+            f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
+        )
+    longest, features, i = max(
+        ((int(n.max()), features, int(n.argmax())) for n, features in zip(mixture.lengths, mixture.sets, strict=True) if len(n)),
+        key=lambda found: found[0],
+    )  # fmt: skip
+    if longest > cfg.max_positions:
+        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")
+    least = min(longest, cfg.max_positions)
+    if run.pack is not None and not least <= run.pack <= cfg.max_positions:
+        raise InputError(
+            f"--pack {run.pack}: the longest item, row {features.feature(i).row} of {features.folder}, has {longest} tokens, "
+            f"and {run.model} takes {cfg.max_positions}: give --pack {least} to {cfg.max_positions}"
+        )
+
+
+def _of_model(run: Any, features: data.FeatureSet, cfg: ModelConfig) -> None:
     if features.largest_id >= cfg.vocab:
         raise InputError(
-            f"{run.features} holds id {features.largest_id}, {run.model} has ids 0 to {cfg.vocab - 1}: "
+            f"{features.folder} holds id {features.largest_id}, {run.model} has ids 0 to {cfg.vocab - 1}: "
             "these features were made for another model; run experiments.pretokenize with this one"
         )
     if (run.model / "tokenizer.json").exists():
         own = prompt.load_tokenizer(run.model).fingerprint
         if own != features.origin.tokenizer:
             raise InputError(
-                f"{run.features} was made with tokenizer {features.origin.tokenizer[:12]}, {run.model} has {own[:12]}: "
+                f"{features.folder} was made with tokenizer {features.origin.tokenizer[:12]}, {run.model} has {own[:12]}: "
                 "run experiments.pretokenize with this model"
             )
-    else:
-        world.say(
-            f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
-        )
-    longest = max(features.lengths())
-    if longest > cfg.max_positions:
-        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")

@@ -19,15 +19,15 @@ from typing import Annotated, Literal
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import checks, distributed, resuming, run_folder, settings
+from experiments import checks, distributed, feature_folders, resuming, run_folder, settings
 from experiments.distributed import ALONE, World
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
-from experiments.settings import EnvCheck
-from lumina_fn import batches, checkpoint, data, errors, files, model, optim, train
+from experiments.settings import REPEATED, EnvCheck
+from lumina_fn import batches, checkpoint, errors, files, model, optim, prefetch, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
+from lumina_fn.mixing import Mixture
 from lumina_fn.sharding import Mesh
 from lumina_fn.train import TrainState
 
@@ -38,13 +38,18 @@ REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 @dataclass(frozen=True)
 class Settings:
     model: Annotated[Path, "the model: a native or Hugging Face folder"]
-    features: Annotated[Path, "a folder written by experiments.pretokenize"]
+    features: Annotated[
+        tuple[Path, ...],
+        "a folder written by experiments.pretokenize; given again, a further one: all are read as one set, or, as DIR=0.7, "
+        "each as often as its weight says, without a common epoch",
+        REPEATED,
+    ]
     out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
     steps: Annotated[int, "how many"] = 5000
     batch: Annotated[int, "samples per step, over all processes"] = 8
     micro_batch: Annotated[
         int,
-        "samples per forward and backward of a process; a step accumulates as many of them as its share of the batch needs",
+        "samples (with --pack, rows) per forward and backward of a process; a step accumulates as many as its share needs",
     ] = 1
     lr: Annotated[float, "peak learning rate"] = 2e-5
     warmup: Annotated[int, "steps of linear warm-up"] = 0
@@ -98,6 +103,12 @@ class Settings:
         "nothing, one block for all, or the whole step (default: blocks; on an NPU off, the only choice there)",
     ] = None
     last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
+    order: Annotated[
+        Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
+    ] = "shuffled"
+    pack: Annotated[
+        int | None, "tokens of a row that several samples share; the loss is the same (default: each has its own)"
+    ] = None
     log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
     noise_scale_every: Annotated[
         int,
@@ -124,25 +135,17 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
     run = replace(run, compile=checks.compiling(run.compile, device))
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
-    if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
-        world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
-    if run.noise_scale_every and run.batch <= _micro_batch(run, world):
-        raise InputError(
-            f"--noise-scale-every {run.noise_scale_every}: a step of one micro batch has nothing to compare; "
-            "give a larger --batch or a smaller --micro-batch"
-        )
-    if run.batch < world.size:
-        world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
-    out = files.place(run.out, [run.model, run.features])
+    checks.shares(run, world, device, _micro_batch(run, world))
+    out = files.place(run.out, [run.model, *(one.folder for one in feature_folders.named(run.features))])
     # What an earlier attempt of this launch left in OUT is its own, and is continued.
     resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
     if world.rank == 0:
         run_folder.check(out, resume, overwrite)  # for its errors: loading a large model takes minutes
     world.barrier()
-    features = data.FeatureSet(run.features)
+    features = feature_folders.opened(run.features)
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
     cfg = checkpoint.read_config(run.model)
-    cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.origin.ids)
+    cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
     checks.features(run, world, features, cfg)
     stored = checkpoint.stored_dtype(run.model)
     about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
@@ -208,7 +211,7 @@ def _state(
 
 def finetune(
     run: Settings, world: World, mesh: Mesh | None, state: TrainState, kept: Checkpoints, cfg: ModelConfig,
-    features: data.FeatureSet, device: torch.device, compute: torch.dtype,
+    features: Mixture, device: torch.device, compute: torch.dtype,
 ) -> tuple[TrainState, int | None]:  # fmt: skip
     """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
     make_step = lambda noise: train.make_train_step(
@@ -220,21 +223,22 @@ def finetune(
     steps = range(int(state.step), run.steps)
     stream = batches.training_batches(
         features, steps, batch=run.batch, micro_batch=_micro_batch(run, world), max_positions=cfg.max_positions,
-        end=features.origin.ids.end, seed=run.seed, caption_drop=run.caption_drop, last=run.last, rank=world.rank,
+        seed=run.seed, caption_drop=run.caption_drop, last=run.last, order=run.order, pack=run.pack, rank=world.rank,
         size=world.size,
     )  # fmt: skip
+    to_device = lambda x: x.to(device, non_blocking=True)
     tokens, stopped = 0, None
     log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()
-    with log, world.stopping() as stop:
-        for n, batch in enumerate(stream, steps.start + 1):
+    ready = prefetch.ahead(prefetch.pinned(share, device) for share in stream)
+    with log, world.stopping() as stop, ready as shares:
+        for n, share in enumerate(shares, steps.start + 1):
             if stop.before(n):
                 stopped = stop.number
                 kept.save(n - 1, state)
                 break
             noisy = run.noise_scale_every and n % run.noise_scale_every == 0
-            batch = train.Batch(*(x.to(device, non_blocking=True) for x in batch))
-            state, metrics = (noisy_step if noisy else step)(state, batch)
-            tokens += batch.tokens.numel()
+            state, metrics = (noisy_step if noisy else step)(state, pytree.tree_map(to_device, share.batch))
+            tokens += share.tokens
             if world.rank == 0:
                 log.advance()
             if noisy or n % run.log_every == 0 or n == run.steps:  # the only place that waits for the device

@@ -37,7 +37,7 @@ class Log:
         self.progress.advance(self.task)
 
     def write(self, step: int, values: dict[str, float], tokens: int) -> dict[str, float]:
-        """A step's metrics; `tokens` were trained on since the last time, padding included. Returns the totals so far."""
+        """A step's metrics; `tokens` were trained on since the last time, padding not counted. Returns the totals so far."""
         now = time.perf_counter()
         values = {**values, **self._noise_scale(values), "tokens_per_second": tokens / (now - self.start)}
         self.start = now

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from experiments import feature_folders
 from experiments.distributed import World
 from experiments.run_folder import METRICS
 from lumina_fn import files, manifest, saved_state, shards
@@ -28,6 +29,7 @@ MATHEMATICS = (
     "batch", "lr", "warmup", "schedule", "weight_decay", "clip", "z_weight", "caption_drop", "seed", "last", "dtype",
     "param_dtype", "reduce_dtype",
 )  # fmt: skip
+LATER = {"order": "shuffled", "pack": None}  # the same, with what they were for runs that are older than the flag
 FIRST = 3  # steps after which a run saves once, so that a disk that fails is found before hours are lost
 
 
@@ -104,12 +106,16 @@ def identity(
     chosen |= {"dtype": str(compute), "param_dtype": str(param_dtype), "reduce_dtype": str(reduce_dtype)}
     if settings.schedule == "cosine":
         chosen["steps"] = settings.steps  # where the rate ends at 0
-    features = hashlib.sha256((settings.features / shards.INDEX).read_bytes()).hexdigest()
+    chosen |= {name: getattr(settings, name) for name in LATER}
+    sets = [
+        (hashlib.sha256((folder / shards.INDEX).read_bytes()).hexdigest(), str(weight or ""))
+        for folder, weight in feature_folders.named(settings.features)
+    ]
     about = {
         "settings": chosen,
         "flags": {name: str(value) for name, value in asdict(settings).items()},  # all of them, for who reads it
         "model": asdict(cfg),
-        "features": features,
+        "features": sets[0][0] if len(sets) == 1 else sets,
         "code": _revision(),
         "torch": torch.__version__,
         "stored_dtype": str(stored).removeprefix("torch."),
@@ -117,10 +123,11 @@ def identity(
     return json.loads(json.dumps(about))
 
 
-def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: Path) -> None:
+def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: Sequence[Path]) -> None:
     """InputError that names what differs between a checkpoint's identity and a run's."""
     try:
         then = {name: dict(meta[name]) for name in ("settings", "model")} | {"features": meta["features"]}
+        then["settings"] = LATER | then["settings"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{out} holds checkpoints that are not finetune's: give another --out") from error
     wrong = [
@@ -131,7 +138,7 @@ def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: 
     names = sorted(then["model"].keys() | now["model"].keys())
     wrong += [f"the model's {name} differs" for name in names if then["model"].get(name) != now["model"].get(name)]
     if then["features"] != now["features"]:
-        wrong.append(f"{features} is not the feature set that it began with")
+        wrong.append(f"--features {', '.join(map(str, features))} is not the feature set that it began with")
     if wrong:
         raise InputError(f"{out} holds another run: {'; '.join(wrong)}; give the old ones, or another --out")
 

@@ -17,6 +17,9 @@ from lumina_fn.errors import InputError
 
 S = TypeVar("S")
 POSITIONAL = object()  # `Annotated[Path, "help", POSITIONAL]`: named by its place, not by a flag
+REPEATED = (
+    object()
+)  # `Annotated[tuple[Path, ...], "help", REPEATED]`: a flag without default, given once for each value
 DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is there
 EnvCheck = Annotated[
     Literal["error", "warn"],
@@ -49,6 +52,9 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=field.default, required=required, **common
             )
+        elif REPEATED in marks:
+            values = _values(get_args(hint)[0])
+            parser.add_argument(flag, action="append", required=True, **common, **values)
         else:
             parser.add_argument(flag, default=field.default, required=required, **common, **_values(hint))
     given = vars(parser.parse_args(argv)).items()

@@ -1,31 +1,61 @@
-"""Which items a step sees: a function of (seed, step) alone, shared out to ranks."""
+"""What a step sees: a function of (seed, step) alone, shared out to ranks, in rows of one item each or of several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+import torch
 
-from lumina_fn import data
-from lumina_fn.loss import Batch
-from lumina_fn.vocab import IGNORE, PAD
+from lumina_fn import rows
+from lumina_fn.loss import Batch, Packed
+from lumina_fn.mixing import Mixture, Visits
+from lumina_fn.packing import first_fit_decreasing, packed
+from lumina_fn.rows import Document
+from lumina_fn.vocab import IGNORE, PAD, Ids
 
-
-def steps_per_epoch(n: int, batch: int, last: Literal["partial", "drop"]) -> int:
-    """How many steps visit n items once; `drop` leaves out the last n % batch of an epoch's order."""
-    return n // batch if last == "drop" else -(-n // batch)
-
-
-def items_of(
-    step: int, n: int, batch: int, *, seed: int, last: Literal["partial", "drop"]
-) -> tuple[int, Int[np.ndarray, " S"]]:
-    """The epoch that a step (from 0) falls into, and its items: `batch` of them, fewer in a partial last step."""
-    epoch, k = divmod(step, steps_per_epoch(n, batch, last))
-    return epoch, _order(n, seed, epoch)[k * batch : (k + 1) * batch]
+WINDOW = 64  # batches among which clustered items are sorted by length
+_CLUSTER = 3  # what a generator is for, beside data's 1 and 2
 
 
-_order = lru_cache(maxsize=2)(data.order)
+class Share(NamedTuple):
+    """What one rank trains on in a step."""
+
+    batch: Batch | Packed  # [A B T]
+    tokens: int  # of its items, padding not counted
+
+
+def steps_of(
+    mixture: Mixture, *, batch: int, seed: int, last: Literal["partial", "drop"], order: Literal["shuffled", "clustered"]
+) -> Callable[[int], Visits]:  # fmt: skip
+    """The items of a step (from 0): `batch` of them, fewer in an epoch's partial last step.
+
+    Clustered: the shuffled order in windows of 64 batches, each sorted by length, cut into batches and these shuffled, so that
+    a batch's items are about equally long. What fills no batch stays behind the rest.
+    """
+    per_epoch = mixture.steps_per_epoch(batch, last)
+
+    def places(first: int, stop: int) -> range:
+        end = stop * batch if per_epoch is None else min(stop, per_epoch) * batch
+        return range(first * batch, end if per_epoch is None else min(end, len(mixture)))
+
+    @lru_cache(maxsize=2)
+    def window(epoch: int, w: int) -> Visits:
+        visits = mixture.visits(epoch, places(w * WINDOW, (w + 1) * WINDOW), seed)
+        full = len(visits.indices) // batch
+        by_length = np.argsort(mixture.lengths_of(visits)[: full * batch], kind="stable").reshape(full, batch)
+        keys = np.random.default_rng((_CLUSTER, seed, epoch, w)).random(full)
+        shuffled = by_length[np.argsort(keys, kind="stable")].ravel()
+        return visits.at(np.append(shuffled, np.arange(full * batch, len(visits.indices))))
+
+    def items_of(step: int) -> Visits:
+        epoch, k = (0, step) if per_epoch is None else divmod(step, per_epoch)
+        if order == "shuffled":
+            return mixture.visits(epoch, places(k, k + 1), seed)
+        w, j = divmod(k, WINDOW)
+        return window(epoch, w).at(slice(j * batch, (j + 1) * batch))
+
+    return items_of
 
 
 def bucket(length: int) -> int:
@@ -34,26 +64,38 @@ def bucket(length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def micro_batches(items: Sequence[data.Item], size: int, max_positions: int, count: int | None = None) -> Batch:
-    """[A size T]: items in A micro batches, filled up with rows that predict nothing; `count` makes A larger than they need."""
-    count = -(-len(items) // size) if count is None else count
-    rows = [*items, *[([PAD], [IGNORE])] * (count * size - len(items))]
-    length = bucket(min(max(len(ids) for ids, _ in rows), max_positions))
-    flat = data.batch(rows, max_positions=max_positions, multiple=length)
-    return Batch(*(x.unflatten(0, (count, size)) for x in flat))
+def micro_batches(items: Sequence[Document], size: int, max_positions: int, ids: Ids, count: int) -> Share:
+    """[count size T]: a row for each item, in micro batches of `size`, filled up with rows that predict nothing."""
+    length = min(bucket(max(map(rows.length, items), default=1)), max_positions)
+    tokens = np.full((count * size, length), PAD)
+    labels = np.full((count * size, length), IGNORE)
+    total = sum(rows.write(item, tokens[row], labels[row], ids) for row, item in enumerate(items))
+    return Share(Batch(*(torch.from_numpy(x).unflatten(0, (count, size)) for x in (tokens, labels))), total)
 
 
 def training_batches(
-    features: data.FeatureSet, steps: range, *, batch: int, micro_batch: int, max_positions: int, end: int,
-    seed: int, caption_drop: float, last: Literal["partial", "drop"], rank: int = 0, size: int = 1,
-) -> Iterator[Batch]:  # fmt: skip
-    """A rank's shares [A micro_batch T] of these steps' batches, which are the same on any number of ranks; so is A on each."""
+    mixture: Mixture, steps: range, *, batch: int, micro_batch: int, max_positions: int, seed: int, caption_drop: float,
+    last: Literal["partial", "drop"], order: Literal["shuffled", "clustered"] = "shuffled", pack: int | None = None,
+    rank: int = 0, size: int = 1,
+) -> Iterator[Share]:  # fmt: skip
+    """A rank's shares of these steps' batches, which are the same on any number of ranks; so is A, the number of micro batches.
+
+    pack    tokens of a row that several items share; micro batches are of such rows. It is no less than the longest item and
+            no more than max_positions. Which share a row is decided by their lengths with captions, which need no reading.
+    """
+    ids, items_of = mixture.sets[0].origin.ids, steps_of(mixture, batch=batch, seed=seed, last=last, order=order)
+
+    def read(visits: Visits) -> list[Document]:
+        return [rows.document(feature, dropped, ids) for feature, dropped in mixture.read(visits, seed, caption_drop)]
+
+    # Ranks with less to do than others have micro batches of filler rows.
+    count = lambda n: -(-n // (size * micro_batch))
     for step in steps:
-        epoch, indices = items_of(step, len(features), batch, seed=seed, last=last)
-        items = []
-        for i in map(int, indices[rank::size]):
-            ids, labels = features[i]
-            dropped = data.drops_caption(caption_drop, seed, epoch, i)
-            items.append(data.drop_caption(ids, labels, end) if dropped else (ids, labels))
-        largest = -(-len(indices) // size)  # of the shares
-        yield micro_batches(items, micro_batch, max_positions, count=-(-largest // micro_batch))
+        visits = items_of(step)
+        if pack is None:
+            own = read(visits.at(slice(rank, None, size)))
+            yield micro_batches(own, micro_batch, max_positions, ids, count(len(visits.indices)))
+        else:
+            together = first_fit_decreasing(np.minimum(mixture.lengths_of(visits), max_positions), pack)
+            own = [read(visits.at(np.array(row))) for row in together[rank::size]]
+            yield Share(*packed(own, micro_batch, pack, ids, count(len(together))))

@@ -217,7 +217,7 @@ def test_report_draws(tmp_path):
 
 def test_the_commands_take_the_demos_arguments(tmp_path):
     run = settings.parse(finetune.Settings, "", tasks.finetune_flags(tmp_path))
-    assert (run.model, run.features, run.out) == (tmp_path / "lm", tmp_path / "features", tmp_path / "finetune")
+    assert (run.model, run.features, run.out) == (tmp_path / "lm", (tmp_path / "features",), tmp_path / "finetune")
     assert (
         settings.parse(pretokenize.Settings, "", tasks.pretokenize_arguments(tmp_path / "data.json", tmp_path)).size
         == 64
