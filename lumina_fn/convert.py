@@ -55,15 +55,20 @@ def _write_config(folder: Path, source: sources.Source) -> None:
 WRITERS: dict[str, Write] = {"native": write_native, "hf": write_hf, "mindspeed": write_mindspeed}
 
 
-def convert(src: str | Path, dst: str | Path, write: Write, *, overwrite: bool = False) -> sources.Source:
-    """Write what lies at `src` to the new folder `dst`; InputError, and nothing written, where that cannot be done whole."""
-    source = sources.open_source(src)
+def convert(
+    src: str | Path, dst: str | Path, write: Write, *, overwrite: bool = False, norm_from: str | Path | None = None
+) -> sources.Source:
+    """Write what lies at `src` to the new folder `dst`; InputError, and nothing written, where that cannot be done whole.
+
+    `norm_from` is the model that training began with, for a MindSpeed checkpoint that lost a part of its last norm.
+    """
+    source = sources.open_source(src, norm_from)
     total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     try:
-        _check_room(files.place(dst, [Path(src)]), total)
+        _check_room(files.place(dst, [Path(src), *([Path(norm_from)] if norm_from else [])]), total)
         with files.new_folder(dst, overwrite) as folder, bar:
             task = bar.add_task("", total=total)
             write(folder, source, lambda n: bar.advance(task, n))
@@ -92,8 +97,13 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("dst", metavar="DST", help="the new folder")
     parser.add_argument("--to", required=True, choices=WRITERS, help="what DST becomes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument(
+        "--norm-from",
+        metavar="MODEL",
+        help="the model that SRC's training began with: what use_fsdp1 with torch_dist lost of the last norm is taken from it",
+    )
     args = parser.parse_args(argv)
-    source = convert(args.src, args.dst, WRITERS[args.to], overwrite=args.overwrite)
+    source = convert(args.src, args.dst, WRITERS[args.to], overwrite=args.overwrite, norm_from=args.norm_from)
     for remark in source.remarks:
         print(remark)
     total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())

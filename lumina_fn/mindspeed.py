@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lumina_fn import dcp, torch_zip, within
+from torch import Tensor
+
+from lumina_fn import dcp, tensor_files, torch_zip, within
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import Later, Stored
 
@@ -35,8 +37,16 @@ class Found(NamedTuple):
     remarks: list[str]
 
 
-def find(path: Path) -> Found | None:
-    """The weights that a folder's newest checkpoint, or the checkpoint that the folder is, holds; None where there is neither."""
+def is_there(path: Path) -> bool:
+    """Whether the folder looks like one with checkpoints, or like a checkpoint."""
+    return any((path / name).exists() for name in (ITERATION, dcp.METADATA, _RANK))
+
+
+def read(path: Path, base: Stored | Later | None) -> Found:
+    """The weights that a folder's newest checkpoint, or the checkpoint that the folder is, holds.
+
+    `base` is the last norm of the model that training began with, where a part of it was not saved.
+    """
     if (path / ITERATION).exists():
         folder, what = _newest(path)
         if not folder.is_dir() or not folder.resolve().is_relative_to(within.root(path)):
@@ -46,17 +56,14 @@ def find(path: Path) -> Found | None:
                     f"{path / ITERATION} names {folder.name}, which is missing or a link out of it (there are: {there}); give one's folder"
                 )
             )
-    elif (path / dcp.METADATA).exists() or (path / _RANK).exists():
-        folder, what = path, "a MindSpeed checkpoint"
     else:
-        return None
+        folder, what = path, "a MindSpeed checkpoint"
     if (folder / dcp.METADATA).exists():
         found, others = _distributed(folder, path)
     else:
         found, others = _one_file(folder, path)
-    tensors = _plain(folder, found)
-    _check_norm(folder, tensors)
-    return Found(what, tensors, _ignored(others))
+    tensors, remarks = _whole_norm(folder, _plain(folder, found), base)
+    return Found(what, tensors, remarks + _ignored(others))
 
 
 def _newest(path: Path) -> tuple[Path, str]:
@@ -106,20 +113,46 @@ def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored |
     return plain
 
 
-def _check_norm(folder: Path, tensors: dict[str, Stored | Later]) -> None:
-    """InputError where the last norm was saved in part.
+def _whole_norm(
+    folder: Path, tensors: dict[str, Stored | Later], base: Stored | Later | None
+) -> tuple[dict[str, Stored | Later], list[str]]:
+    """The tensors with a whole last norm, the values that the folder lacks taken from `base`; InputError where that is needed and None.
 
     With use_fsdp1, sharded_state_dict goes around FSDP's own hooks, and this one weight of the outermost FSDP unit is saved as
     the flat part that one rank holds (seen with Megatron-LM core_v0.12.1 on two ranks): the rest is nowhere in the folder.
+    Which part it is, the file's name tells: __RANK_N.distcp.
     """
     norm, embed = tensors.get("model.norm.weight"), tensors.get("model.embed_tokens.weight")
-    if norm is None or embed is None or len(norm.shape) != 1 or len(embed.shape) != 2:
-        return
-    if norm.shape[0] < embed.shape[1]:
+    width = embed.shape[1] if embed is not None and len(embed.shape) == 2 else 0
+    if norm is None or len(norm.shape) != 1 or norm.shape[0] >= width:
+        if base is not None:
+            raise InputError(f"{folder} needs no values of another model's norm: leave --norm-from out")
+        return tensors, []
+    part = norm.shape[0]
+    lost = f"{folder} holds only {part} of the {width} values of model.norm.weight, since use_fsdp1 with torch_dist saves one rank's part"
+    if base is None:
         raise InputError(
-            f"{folder} holds only {norm.shape[0]} of the {embed.shape[1]} values of model.norm.weight: MindSpeed's use_fsdp1 with "
-            "--ckpt-format torch_dist saves one rank's part of it; train on from a whole checkpoint and save with --ckpt-format torch"
+            f"{lost}: give the model that training began with as --norm-from to take the others from it (nothing else has them), "
+            "or train on from it with --ckpt-format torch"
         )
+    rank = (
+        re.fullmatch(r"__([0-9]{1,6})_[0-9]+\.distcp", norm.file.name, re.ASCII) if isinstance(norm, Stored) else None
+    )
+    if rank is None or not part or width % part:
+        raise InputError(f"{lost}, and its place in the whole is unknown: this folder cannot be completed")
+    if base.shape != (width,):
+        raise InputError(
+            f"{lost}; the norm of --norm-from has the shape {list(base.shape)}: give the model that training began with"
+        )
+    begin = int(rank[1]) % (width // part) * part
+
+    def make() -> Tensor:
+        whole = tensor_files.read(base, "cpu", norm.dtype)
+        whole[begin : begin + part] = tensor_files.read(norm, "cpu", norm.dtype)
+        return whole
+
+    remark = f"model.norm.weight: values {begin} .. {begin + part - 1} are the checkpoint's, the other {width - part} are --norm-from's"
+    return tensors | {"model.norm.weight": Later((width,), norm.dtype, make)}, [remark]
 
 
 def _ignored(keys: Iterable[str]) -> list[str]:

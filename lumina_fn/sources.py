@@ -42,11 +42,16 @@ class Source(NamedTuple):
     remarks: list[str]  # for the user: what was ignored
 
 
-def open_source(path: str | Path) -> Source:
-    """What lies at `path`, checked whole; InputError that lists all that is wrong with it."""
+def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source:
+    """What lies at `path`, checked whole; InputError that lists all that is wrong with it.
+
+    `norm_from` is the model that a MindSpeed checkpoint's training began with, for what that lost (see mindspeed.py).
+    """
     path = Path(path)
+    if norm_from is not None and not mindspeed.is_there(path):
+        raise InputError(f"{path} is no MindSpeed checkpoint: leave --norm-from out")
     try:
-        return _open(path)
+        return _open(path, None if norm_from is None else open_source(norm_from).tensors.get("head.norm"))
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
@@ -71,7 +76,7 @@ def companions(folder: Path) -> dict[str, Path]:
     return {name: within.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, norm: Stored | Later | None) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model folder or a MoVQGAN .ckpt")
     if path.is_file():
@@ -86,7 +91,8 @@ def _open(path: Path) -> Source:
     weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
         return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
-    if theirs := mindspeed.find(path):
+    if mindspeed.is_there(path):
+        theirs = mindspeed.read(path, norm)
         source = _open_transformer(path, theirs.tensors, config, theirs.what)
         return source._replace(remarks=source.remarks + theirs.remarks)
     checkpoints = sorted(path.glob("*.ckpt"))

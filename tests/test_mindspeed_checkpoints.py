@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PosixPath
 
 import pytest
 import torch
 import torch.distributed.checkpoint as real
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -26,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from lumina_fn import checkpoint, convert, mindspeed, names, safe_pickle, sources, tensor_files
 from lumina_fn.errors import InputError
-from tests.folders import SMALL, identical, small_state
+from tests.folders import SMALL, identical, small_state, write_hf
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -146,12 +149,29 @@ def test_a_torch_dist_iteration_is_read(tmp_path, prefix):
     assert "'zarr'" in refused(tmp_path / "m")
 
 
-def test_a_norm_that_use_fsdp1_saved_in_part_is_said_to_be_lost(tmp_path):
+def test_a_norm_that_use_fsdp1_saved_in_part_takes_the_rest_from_its_base_or_is_refused(tmp_path):
+    """Rank 1 of 2 wrote its half, into a file with its name."""
     state = {f"module.model.{key}": t for key, t in small_state().items()}
-    save(
-        tracked(tmp_path / "m"), state | {"module.model.model.norm.weight": state["module.model.model.norm.weight"][:8]}
-    )
+    norm = state["module.model.model.norm.weight"]
+    base = write_hf(tmp_path / "base", small_state() | {"model.norm.weight": norm + 1}, SMALL)
+    folder = save(tracked(tmp_path / "m"), state | {"module.model.model.norm.weight": norm[8:].clone()})
+    (folder / "__0_0.distcp").rename(folder / "__1_0.distcp")
+
+    def by_rank_1(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = "__1_0.distcp"
+
+    rewritten(folder, by_rank_1)
     assert "only 8 of the 16 values of model.norm.weight" in refused(tmp_path / "m")
+    source = sources.open_source(tmp_path / "m", base)
+    assert "values 8 .. 15 are the checkpoint's" in source.remarks[0]
+    assert convert.main([*map(str, (tmp_path / "m", tmp_path / "n")), "--to", "native", "--norm-from", str(base)]) == 0
+    got = native(tmp_path / "n", tmp_path / "n2")
+    assert identical(got, small_state() | {"model.norm.weight": torch.cat([norm[:8] + 1, norm[8:]])})
+    with pytest.raises(InputError, match="leave --norm-from out"):
+        sources.open_source(save(tmp_path / "whole", {"model": small_state()}), base)
+    with pytest.raises(InputError, match="leave --norm-from out"):
+        sources.open_source(tmp_path / "n", base)
 
 
 def test_a_release_folder_may_be_distributed_too(tmp_path):
@@ -401,6 +421,27 @@ def test_nothing_that_a_chunk_asks_for_is_run(there):
         rewritten(there, moved(relative_path="__7_0.distcp", offset=0, length=len(buffer.getvalue())))
         assert "no tensor" in refused(there)
     assert not mark.exists()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([".metadata", "__0_0.distcp"]),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, 10**6) | st.none(),
+)
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+def test_a_damaged_folder_is_read_right_or_refused(there, name, changes, length):
+    """Never a traceback, never a wrong weight in silence."""
+    whole = (there / name).read_bytes()
+    data = bytearray(whole)
+    for place, byte in changes:
+        data[place % len(data)] = byte
+    (there / name).write_bytes(data if length is None else data[: length % len(data)])
+    with suppress(InputError):
+        source = sources.open_source(there)
+        read = {path: tensor_files.read(t, "cpu", t.dtype) for path, t in source.tensors.items()}
+        assert identical({names.to_source(path, names.TRANSFORMER): t for path, t in read.items()}, small_state())
+    (there / name).write_bytes(whole)
 
 
 def test_only_the_named_classes_become_records_and_none_is_imported():
