@@ -140,7 +140,7 @@ def _roots(path: Path, image_root: Path | None) -> list[Path]:
 def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
     def source(look: Look) -> Image.Image:
         content = images.read(dataset.find(look.file, roots))
-        if hashlib.sha256(content).hexdigest() != look.sha256:
+        if look.sha256 not in (hashlib.sha256(content).hexdigest(), None):
             raise InputError(f"{look.file} changed")
         return images.fit(images.decode(content), size)
 
@@ -154,6 +154,8 @@ def _decoded_pictures(run: Report, features: data.FeatureSet) -> Picture:
     @torch.inference_mode()
     def decoded(look: Look) -> Image.Image:
         codes = torch.from_numpy(features.text_and_codes(look.item)[1].astype(np.int64))
+        if codes.max() >= cfg.codes:
+            raise InputError(f"code {codes.max()}: {run.vq} has {cfg.codes}; was the set made with it?")
         return Image.fromarray(vq.pixels(vq.decode(params, codes[None].to(device), cfg))[0].cpu().numpy())
 
     return decoded

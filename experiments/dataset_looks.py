@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from lumina_fn.shards import Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
 MANIFEST = "manifest.jsonl"
+UNKNOWN = bytes(32).hex()  # SHA-256 of a file that was not there when its features were taken over
 Size = tuple[int, int]  # width and height in pixels
 
 
@@ -101,9 +101,7 @@ def at_entry(
     picture: Callable[[Look], Image.Image] | None,
 ) -> Look:
     """A row of a manifest. The prompt is that of `rows`; `picture` shows what the picture looks like, where anything does."""
-    look = Look(
-        entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry.get("sha256"), item=entry["item"]
-    )
+    look = Look(entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry["sha256"], item=entry["item"])
     if rows is not None and look.row < len(rows):
         file, caption = written(rows[look.row])
         if file == look.file and isinstance(caption, str):
@@ -126,7 +124,7 @@ def at_entry(
 
 
 def read_manifest(features: data.FeatureSet) -> list[dict[str, Any]]:
-    """Every input row of a feature set, done or quarantined; "item" is its place in the set. Raises InputError for another set's."""
+    """Every input row of a feature set, done or quarantined; "item" is its place in the set, "sha256" is None where it is unknown. Raises InputError for another set's."""
     path, again = features.folder / MANIFEST, "run experiments.pretokenize again"
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -136,13 +134,18 @@ def read_manifest(features: data.FeatureSet) -> list[dict[str, Any]]:
         raise InputError(f"{path}: {error.strerror}; expected the list of a feature set's rows; {again}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSONL: {error}; {again}") from error
-    places = count()
+    places = {row: i for i, row in enumerate(shards.read_index(features.folder).rows.tolist())}
     for number, entry in enumerate(entries):
         if not _is_entry(entry):
             raise InputError(f"{path}: line {number + 1} is no row of a feature set: {entry!r:.200}; {again}")
-        entry["item"] = next(places) if entry["status"] == "done" else None
-    if (done := next(places)) != len(features):
-        raise InputError(f"{path}: {done} rows are done, but the set holds {len(features)} items; {again}")
+        entry["item"] = places.pop(entry["row"], None)
+        if (entry["item"] is None) != (entry["status"] == "quarantined"):
+            raise InputError(
+                f"{path}: line {number + 1} says that row {entry['row']} is {entry['status']}, the set does not; {again}"
+            )
+        entry["sha256"] = None if entry.get("sha256") == UNKNOWN else entry.get("sha256")
+    if places:
+        raise InputError(f"{path}: {len(places)} items of the set are not in it; {again}")
     return entries
 
 

@@ -49,7 +49,9 @@ def verify(run: Verify) -> int:
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     features = data.FeatureSet(run.features)
-    done = [e for e in dataset_looks.read_manifest(features) if e["status"] == "done"]
+    done = {e["item"]: e for e in dataset_looks.read_manifest(features) if e["status"] == "done"}
+    if not done:
+        raise InputError(f"{run.features}: the set is empty; there is nothing to verify")
     rows = dataset.read_rows(run.data)
     tokenizer = _same_tokenizer(run.model, features) if run.model else None
     params, cfg = same_vq(run.vq, features, settings.checked_device(run))
@@ -72,9 +74,9 @@ def verify(run: Verify) -> int:
 
 
 def same_vq(path: Path, features: data.FeatureSet, device: torch.device) -> tuple[vq.Params, VQConfig]:
-    """The MoVQGAN there, on the device. Raises InputError if another one made the features."""
+    """The MoVQGAN there, on the device. Raises InputError if another one made the features, as far as they tell."""
     params, cfg = checkpoint.load_vq(path)
-    if (found := data.fingerprint(params)) != features.origin.vq:
+    if features.origin.vq and (found := data.fingerprint(params)) != features.origin.vq:
         raise InputError(
             f"--vq {path}: its fingerprint is {found[:12]}, the features were made with {features.origin.vq[:12]}; give the one that made them"
         )
@@ -108,7 +110,7 @@ def _compare(
         if row.file != entry["file"]:
             return changed(f"the row names {row.file} now")
         content = images.read(dataset.find(row.file, roots))
-        if (digest := hashlib.sha256(content).hexdigest()) != entry["sha256"]:
+        if entry["sha256"] not in (digest := hashlib.sha256(content).hexdigest(), None):
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
         fitted = images.fit(images.decode(content), features.origin.size)
     except InputError as error:

@@ -14,7 +14,7 @@ from experiments import dataset as command
 from experiments import dataset_duplicates, dataset_report, pretokenize
 from experiments.dataset_duplicates import Fingerprint, fingerprint, near
 from experiments.demo import shapes
-from lumina_fn import checkpoint, data, errors
+from lumina_fn import checkpoint, data, errors, prompt, shards
 from tests.project_copy import ROOT
 
 MODEL, VQ = ROOT / "experiments/demo/assets/lm", ROOT / "experiments/demo/assets/vq"
@@ -271,6 +271,38 @@ def test_another_vq_is_refused(call, tmp_path, made):
         code, _, err = call(*argv, "--vq", tmp_path / "vq")
         assert code == 2
         assert "fingerprint" in err
+
+
+@pytest.fixture
+def taken_over(tmp_path):
+    """A set that tells neither its VQ nor its files, as experiments.migrate writes it; the second item's codes are no VQ's."""
+    tokenizer = prompt.load_tokenizer(MODEL)
+    codes = np.zeros((8, 8), np.uint16)
+    features = [shards.Feature(0, [1, 2], codes), shards.Feature(1, [1, 2, 3], codes + 9999)]
+    folder = tmp_path / "taken_over"
+    folder.mkdir()
+    shards.write_features(folder, features, shards.Origin(64, 0, tokenizer.ids, tokenizer.fingerprint, ""))
+    lines = [{"row": i, "file": f"{i}.pt", "status": "done", "sha256": bytes(32).hex()} for i in range(2)]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_what_a_set_does_not_tell_is_not_guessed(call, tmp_path, taken_over):
+    found = report(call, tmp_path, taken_over, "--vq", VQ, "--out", tmp_path / "out")
+    assert found["pictures"] == {"looked_at": 1, "distance": 3, "exact": [], "near": []}
+    assert found["sizes"]["source"] is None
+    assert (tmp_path / "out/report.html").read_text().count("<img ") == 1
+    (tmp_path / "data.json").write_text(json.dumps([{"file": "a.png", "prompt": "a"}] * 2))
+    code, out, _ = call("verify", taken_over, "--data", tmp_path / "data.json", "--vq", VQ)
+    assert (code, out.splitlines()[0]) == (1, "row 0 (0.pt): the row names a.png now")
+
+
+def test_an_empty_set(call, tmp_path, taken_over):
+    shards.write_features(taken_over, [], data.FeatureSet(taken_over).origin)
+    (taken_over / "manifest.jsonl").write_text("")
+    assert report(call, tmp_path, taken_over, "--vq", VQ)["counts"] == {"rows": 0, "done": 0, "quarantined": 0}
+    code, _, err = call("verify", taken_over, "--data", tmp_path / "data.json", "--vq", VQ)
+    assert (code, "empty" in err) == (2, True)
 
 
 MISTAKES = {
