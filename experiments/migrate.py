@@ -20,7 +20,7 @@ from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
 from experiments.settings import POSITIONAL
-from lumina_fn import data, errors, files, imported, prompt, shards
+from lumina_fn import errors, files, imported, prompt, shards
 from lumina_fn.errors import InputError, printable
 from lumina_fn.shards import Feature, Origin, Rejected
 
@@ -57,7 +57,7 @@ def _features(run: Settings) -> None:
     left: list[imported.Left] = []
     with files.new_folder(run.out, run.overwrite) as folder:
         file_of: dict[int, str] = {}
-        done = data.write_features(folder, _kept(imported.read(run.source, tokenizer), left, file_of), origin)
+        done = shards.write_features(folder, _kept(imported.read(run.source, tokenizer), left, file_of), origin)
         if not done:
             raise InputError(f"{run.source}: none of {len(left)} records could be used; the first: {left[0].reason}")
         _write_manifest(folder, left, file_of)
@@ -96,7 +96,7 @@ def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, 
 def _guide(run: Settings) -> None:
     guide = migration_guide.read(run.source)
     if refused := [f"{line.file}: {line.field} {line.value}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
-        raise InputError(f"{len(refused)} of its fields would change results: {'; '.join(refused)}")
+        raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused)}"))
     script = commands(guide)
     with files.new_folder(run.out, run.overwrite) as folder:
         (folder / "commands.sh").write_text(script)

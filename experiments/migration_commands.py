@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments import migration_fields
 from experiments.migration_fields import DTYPES, Line, refuse, same
-from lumina_fn import imported, sources
+from lumina_fn import imported, mindspeed
 
 PROMPT = "a lighthouse at dusk"
 
@@ -42,6 +42,10 @@ def make(
     ):
         if not Path(path).exists():
             lines.append(Line(what, "path", path, "note", "is not there (yet)"))
+    if (Path(load) / mindspeed.ITERATION).is_file() and not (Path(load) / "release").is_dir():
+        lines.append(
+            Line("pretrain.sh", "--load", load, "note", "a run's own checkpoint: weights only, steps count from 0")
+        )
     have = bool(theirs.is_dir() and imported.indexes(theirs))
     if not have and str(theirs) != extracted:
         refuse(lines, "feature_data.json", basic, theirs, f"tools.json has features written to {extracted}, and there are none here: name one folder in both")  # fmt: skip
@@ -75,7 +79,7 @@ def _fresh(place: str) -> str:
     """The place itself, or one beside it where it holds what MindSpeed-MM wrote."""
     folder = Path(place)
     used = folder.is_dir() and (
-        imported.indexes(folder) or any(folder.glob("iter_*")) or (folder / sources.ITERATION).exists()
+        imported.indexes(folder) or any(folder.glob("iter_*")) or (folder / mindspeed.ITERATION).exists()
     )
     return f"{place}-lumina" if used else place
 

@@ -75,8 +75,11 @@ def read(folder: Path) -> Guide:
     commands: list[Command] = []
     try:
         commands = migration_commands.make(root, found, environments, lines)
-    except (KeyError, ValueError, TypeError) as error:
-        refuse(lines, "the guide's files", str(error).strip("'"), "", "is missing or not a usable value; give it" if isinstance(error, KeyError) else "not a usable value")  # fmt: skip
+    except KeyError as error:
+        if not any(line.field == error.args[0] for line in lines):
+            refuse(lines, "the guide's files", str(error.args[0]), "", "is missing; give it")
+    except (ValueError, TypeError) as error:
+        refuse(lines, "the guide's files", str(error), "", "not a usable value")
     if any(line.kind == "refused" for line in lines):
         commands = []
     return Guide(root, lines, commands, sorted({p.script.set_env for p in parts if p.script.set_env}))

@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.migration_words import Piece, Statement, Unknown, end_of, statements
+from experiments.migration_words import Piece, Statement, Unknown, end_of, flat, statements
 from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
@@ -69,11 +69,11 @@ def read(path: Path) -> Script:
 
 def _follow(script: Script, statement: Statement) -> None:
     words = statement.words
-    first = _flat(words[0])
+    first = flat(words[0])
     if statement.before == "|" and first in HARMLESS | {"grep", "awk", "head", "tail", "cat"}:
         return
     prefix = 0
-    while prefix < len(words) and _ASSIGNMENT.match(_flat(words[prefix])):
+    while prefix < len(words) and _ASSIGNMENT.match(flat(words[prefix])):
         prefix += 1
     if prefix or first == "export" or first == "torchrun" or first.startswith("python"):
         if statement.before in ("&&", "||", "|", "&"):
@@ -89,7 +89,7 @@ def _follow(script: Script, statement: Statement) -> None:
         if prefix < len(words):
             _start(script, words[prefix:])
     elif first in ("source", "."):
-        target = _flat(words[1]) if len(words) > 1 else ""
+        target = flat(words[1]) if len(words) > 1 else ""
         if not target.endswith("set_env.sh"):
             raise Unknown(f"`{first} {target}` may set anything")
         script.set_env = target
@@ -110,11 +110,11 @@ def _start(script: Script, words: list[list[Piece]]) -> None:
 
 
 def _export(script: Script, word: list[Piece]) -> None:
-    script.exports.add(_assign(script, word) if _ASSIGNMENT.match(_flat(word)) else _flat(word))
+    script.exports.add(_assign(script, word) if _ASSIGNMENT.match(flat(word)) else flat(word))
 
 
 def _assign(script: Script, word: list[Piece]) -> str:
-    match = _ASSIGNMENT.match(_flat(word))
+    match = _ASSIGNMENT.match(flat(word))
     value = [word[0]._replace(text=word[0].text[match.end() :]), *word[1:]]
     try:
         text = "".join(_expanded(script, piece) for piece in value)
@@ -122,10 +122,6 @@ def _assign(script: Script, word: list[Piece]) -> str:
     except Unknown as error:
         script.variables[match[1]] = error
     return match[1]
-
-
-def _flat(word: list[Piece]) -> str:
-    return "".join(piece.text for piece in word)
 
 
 def expand_word(script: Script, word: list[Piece]) -> list[str]:

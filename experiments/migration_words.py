@@ -47,7 +47,7 @@ def statements(text: str) -> Iterator[Statement]:
             start = start if words else line
         if c in "<>":
             at = _redirection(text, at)
-            if word is not None and not _flat(word).isdecimal():  # 2>&1: the number is no word
+            if word is not None and not flat(word).isdecimal():  # 2>&1: the number is no word
                 words.append(word)
             word = None
             continue
@@ -58,6 +58,11 @@ def statements(text: str) -> Iterator[Statement]:
             word = [*(word or []), *piece]
         line += text.count("\n", at, end)
         at = end
+
+
+def flat(word: list[Piece]) -> str:
+    """The word as it is written, but for its quotes."""
+    return "".join(piece.text for piece in word)
 
 
 def _redirection(text: str, at: int) -> int:
