@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from lumina_fn.errors import InputError
 
-# A string, or a comma before a closing bracket: whatever stands in a string is not a comma.
-_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])', re.DOTALL)
+# A string, or a comma before a closing bracket: whatever stands in a string is not a comma. One that does not end goes to the end,
+# and nothing is tried twice: the search takes a time that grows with the text, not with its square.
+_TRAILING_COMMA = re.compile(r'"(?:[^"\\]++|\\.)*+"?|,(?=\s*+[\]}])', re.DOTALL)
+DEPTH = 100  # of what a row may hold: far below where Python's own recursion ends
 
 
 class Row(NamedTuple):
@@ -52,7 +54,12 @@ def read_rows(path: Path) -> list[Any]:
         raise InputError(f'{path}: expected a list of {{"file": ..., "prompt": ...}}, found {type(rows).__name__}')
     if not rows:
         raise InputError(f'{path}: the dataset is empty; expected rows of {{"file": ..., "prompt": ...}}')
-    return rows
+    return [NotJson("brackets are nested too deeply") if _deeper(value, DEPTH) else value for value in rows]
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth == 0 or any(isinstance(v, dict | list) and _deeper(v, depth - 1) for v in inner)
 
 
 def _loads(text: str) -> Any:

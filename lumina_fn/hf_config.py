@@ -1,5 +1,6 @@
 """A Hugging Face config.json as a ModelConfig, and back."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
@@ -112,7 +113,7 @@ def problems(values: Mapping) -> list[str]:
             good, expected = isinstance(value, bool), "true or false"
         elif isinstance(field.default, float):
             good, expected = (
-                isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"),
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max,
                 "a positive number",
             )
         else:
@@ -146,7 +147,7 @@ def _masked_ids(config: Mapping, wrong: list[str]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def read_ids(own: object, vocab: int, wrong: list[str]) -> Ids | None:
+def read_ids(own: object, vocab: object, wrong: list[str]) -> Ids | None:
     """The special ids that a config.json carries, if any; what is wrong with them is added to `wrong`."""
     if own is None:
         return None

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from lumina_fn.vocab import (
 LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
 CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
 PATCH = 32  # pixels
-LARGEST_ID = 1 << 24  # far above any vocabulary; bounds the sets that are made of ids
+LARGEST_ID = 1 << 20  # far above any vocabulary; bounds the sets that are made of ids
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     model.no_padding()
 
     def encode(text: str) -> list[int]:
-        return model.encode(text, add_special_tokens=False).ids
+        try:
+            return model.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # as above; a text may hold what the tokenizer has no token for
+            raise InputError(f"{folder / 'tokenizer.json'}: {text!r:.80} cannot be encoded: {error}") from error
 
     def special(text: str) -> int | None:
         """The id of a token that is found in running text; being in the vocabulary is not enough."""
@@ -147,7 +151,10 @@ def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> 
     text = token.get("content") if isinstance(token, dict) else token
     if text is None:
         return None
-    found = model.token_to_id(text) if isinstance(text, str) else None
+    found = None
+    if isinstance(text, str):
+        with suppress(UnicodeEncodeError):  # half of a surrogate pair: no token has it
+            found = model.token_to_id(text)
     if found is None:
         raise InputError(f"{folder / 'tokenizer_config.json'}: {key} {text!r} is not in tokenizer.json")
     return found

@@ -18,7 +18,7 @@ from jaxtyping import Int, Integer, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lumina_fn import files
+from lumina_fn import files, within
 from lumina_fn.errors import InputError
 from lumina_fn.vocab import CODES_PER_PATCH, Ids
 
@@ -179,6 +179,8 @@ class Index(NamedTuple):
 def read_index(folder: Path) -> Index:
     """Raises InputError for a folder that is no feature set, or not whole. Shards are looked at, and not opened."""
     path = folder / INDEX
+    if path.exists():
+        within.file(folder, INDEX)
     try:
         index = json.loads(path.read_bytes())
         if index["format"] != FORMAT:
@@ -209,10 +211,10 @@ def read_index(folder: Path) -> Index:
         ) from error
     for entry in entries:
         with _whole(folder / entry.file):
-            if (size := (folder / entry.file).stat().st_size) != entry.bytes:
+            if (size := within.file(folder, entry.file).stat().st_size) != entry.bytes:
                 raise ValueError(f"{size} bytes, not {entry.bytes}")
     with _whole(file):
-        items = safe_open(file, framework="np")
+        items = safe_open(within.file(folder, file.name), framework="np")
         rows, lengths = items.get_tensor("rows"), items.get_tensor("lengths")
         if not len(rows) == len(lengths) == index["count"] == sum(e.count for e in entries) or lengths.shape[1:] != (
             3,

@@ -14,6 +14,7 @@ from lumina_fn.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20  # bytes; the 7.88B model's headers take 50 KB
+MAX_RANK = 8
 SHARD = 5_000_000_000  # bytes, Hugging Face's usual bound
 CHUNK = 8 << 20
 
@@ -143,7 +144,8 @@ def _located(path: Path, data: int, entry: Mapping) -> Stored:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
     if (
-        any(type(n) is not int or n < 0 for n in (begin, end, *shape))
+        len(shape) > MAX_RANK  # a product of millions of numbers takes hours
+        or any(type(n) is not int or not 0 <= n < 1 << 62 for n in (begin, end, *shape))
         or math.prod(shape) * dtype.itemsize != end - begin
     ):
         raise ValueError("sizes and offsets do not match")

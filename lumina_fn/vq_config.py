@@ -22,6 +22,8 @@ def problems(sizes: Mapping) -> list[str]:
     wrong += [f"{n} must be a positive whole number" for n, v in sizes.items() if n not in lists and not whole((v,), 1)]
     if not wrong and not sizes["multipliers"]:
         wrong.append("multipliers must not be empty")
+    if not wrong and sizes["channels"] * max(sizes["multipliers"]) > LARGEST:
+        wrong.append(f"channels times multipliers must not exceed {LARGEST}")
     if not wrong and any(sizes["channels"] * m % sizes["groups"] for m in sizes["multipliers"]):
         wrong.append(f"channels must be divisible by the {sizes['groups']} groups of the norms")
     return wrong

@@ -1,0 +1,1 @@
+"""Files of strangers, mutated: what a reader may do with them, and a machine that looks whether it does anything else."""
