@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
 from experiments import migration_guide, settings
 from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
@@ -72,13 +75,17 @@ def _features(run: Settings) -> None:
 def _kept(
     results: Iterator[tuple[Feature, str] | imported.Left], left: list[imported.Left], file_of: dict[int, str]
 ) -> Iterator[Feature]:
-    """The features; what became none goes to the list."""
-    for result in results:
-        if isinstance(result, imported.Left):
-            left.append(result)
-        else:
-            feature, file_of[result[0].row] = result
-            yield feature
+    """The features; what became none goes to the list. Progress is shown on a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        for result in progress.track(results, total=None, description="records"):
+            if isinstance(result, imported.Left):
+                left.append(result)
+            else:
+                feature, file_of[result[0].row] = result
+                yield feature
 
 
 def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, str]) -> None:
@@ -95,9 +102,10 @@ def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, 
 
 def _guide(run: Settings) -> None:
     guide = migration_guide.read(run.source)
-    if refused := [f"{line.file}: {line.field} {line.value}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
+    if refused := [f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
         raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused)}"))
     script = commands(guide)
+    files.place(run.out, [run.source])
     with files.new_folder(run.out, run.overwrite) as folder:
         (folder / "commands.sh").write_text(script)
         (folder / "report.md").write_text(report(guide))

@@ -78,7 +78,7 @@ def read(folder: Path) -> Guide:
     except KeyError as error:
         if not any(line.field == error.args[0] for line in lines):
             refuse(lines, "the guide's files", str(error.args[0]), "", "is missing; give it")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         refuse(lines, "the guide's files", str(error), "", "not a usable value")
     if any(line.kind == "refused" for line in lines):
         commands = []

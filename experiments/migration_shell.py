@@ -15,7 +15,7 @@ from experiments.migration_words import Piece, Statement, Unknown, end_of, flat,
 from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
-MAX_VALUE = 1 << 16  # characters; a value may name another one twice, and so on
+MAX_EXPANDED = 1 << 22  # characters of all values together; one may name another one twice, and so on
 MAX_DEPTH = 8  # of ${A:-${B:-...}}
 # They change no variable and start no training.
 HARMLESS = frozenset(
@@ -36,6 +36,7 @@ class Script:
     exports: set[str] = field(default_factory=set)
     set_env: str | None = None  # the CANN set_env.sh that it sources
     command: list[str] = field(default_factory=list)  # torchrun and its words
+    expanded: int = 0  # characters so far
 
     def value(self, name: str) -> str:
         """The value of a variable. Raises Unknown."""
@@ -117,6 +118,8 @@ def _assign(script: Script, word: list[Piece]) -> str:
     match = _ASSIGNMENT.match(flat(word))
     value = [word[0]._replace(text=word[0].text[match.end() :]), *word[1:]]
     try:
+        if value[0].splits and value[0].text.startswith("~"):
+            raise Unknown(f"`{value[0].text[:80]}` is whatever home there is when the script runs")
         text = "".join(_expanded(script, piece) for piece in value)
         script.variables[match[1]] = (script.value(match[1]) if match[2] else "") + text
     except Unknown as error:
@@ -129,6 +132,8 @@ def expand_word(script: Script, word: list[Piece]) -> list[str]:
     parts, open_word = [], False  # the last of `parts` may still grow
     for piece in word:
         text = _expanded(script, piece)
+        if piece.splits and (re.search(r"[*?\[]", text) or piece.text.startswith("~")):
+            raise Unknown(f"`{piece.text[:80]}` is whatever files or home there are when the script runs")
         split = re.split(r"[ \t\n]+", text) if piece.splits else [text]
         for i, part in enumerate(split):
             if i or not open_word:
@@ -150,11 +155,10 @@ def expand(script: Script, text: str, depth: int = 0) -> str:
         out.append(text[at : found.start()])
         at = end_of(text, found.start())
         out.append(_replaced(script, text[found.start() : at], depth))
-    out.append(text[at:])
-    value = "".join(out)
-    if len(value) > MAX_VALUE:
-        raise Unknown(f"a value has more than {MAX_VALUE} characters")
-    return value
+        script.expanded += len(out[-1])
+        if script.expanded > MAX_EXPANDED:
+            raise Unknown(f"its values have more than {MAX_EXPANDED} characters")
+    return "".join([*out, text[at:]])
 
 
 def _replaced(script: Script, reference: str, depth: int) -> str:

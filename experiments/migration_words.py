@@ -42,7 +42,8 @@ def statements(text: str) -> Iterator[Statement]:
             continue
         if word is None:
             if c == "#":
-                at = text.find("\n", at) if "\n" in text[at:] else len(text)
+                end = text.find("\n", at)
+                at = len(text) if end < 0 else end
                 continue
             start = start if words else line
         if c in "<>":
@@ -55,7 +56,8 @@ def statements(text: str) -> Iterator[Statement]:
             raise Unknown(f"line {line}: `{c}` opens or closes what is not read (an array, a function)")
         piece, end = _piece(text, at)
         if text[at : at + 2] != "\\\n":
-            word = [*(word or []), *piece]
+            word = [] if word is None else word
+            word += piece
         line += text.count("\n", at, end)
         at = end
 

@@ -9,7 +9,8 @@ import struct
 MAX_BYTES = 8 << 20  # features of 10,240 tokens and as many labels take 100 KB
 MAX_DEPTH = 16  # of lists and dicts that are open at once
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
-_INTS = {ord("J"): struct.Struct("<i"), ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H")}
+_RUN_OF, _RUN, MAX_RUN = ord("J"), struct.Struct("<Bi"), 1024  # ids above 65,535
+_INTS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H")}
 _TEXTS = {ord("X"): struct.Struct("<I"), 0x8C: struct.Struct("<B"), 0x8D: struct.Struct("<Q")}
 _PUTS = {ord("q"): 1, ord("r"): 4}
 _GETS = {ord("h"): 1, ord("j"): 4}
@@ -37,7 +38,13 @@ def _run(data: bytes) -> object:
     while True:
         op = data[at]
         at += 1
-        if op in _INTS:
+        if op == _RUN_OF:  # nearly all of a feature file: as many in a row as there are
+            codes = data[at - 1 : at - 1 + MAX_RUN * _RUN.size : _RUN.size]
+            count = min(len(codes) - len(codes.lstrip(b"J")), (len(data) - at + 1) // _RUN.size)
+            end = at - 1 + max(count, 1) * _RUN.size
+            stack.extend(value for _, value in _RUN.iter_unpack(_taken(data, at - 1, end - at + 1)))
+            at = end
+        elif op in _INTS:
             stack.append(_INTS[op].unpack_from(data, at)[0])
             at += _INTS[op].size
         elif op in _TEXTS:

@@ -8,6 +8,8 @@ import pickle
 import re
 import shlex
 import subprocess
+import sys
+import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from experiments import finetune, migrate, migration_fields, migration_shell, settings
-from lumina_fn import data, imported, plain_pickle, prompt, shards
+from lumina_fn import convert, data, imported, plain_pickle, prompt, shards
 from lumina_fn.errors import InputError
 from tests.folders import TOKENIZER as MODEL
 
@@ -119,6 +122,40 @@ def migrated(guide: Path, out: Path) -> dict[str, list[str]]:
             found["launch"] = words
             found["experiments.finetune"] = words[words.index("bash") + 2 :]
     return found
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path):
+    """From pictures to a tuned model, pictures and both of the other formats, with the embedded default's small models."""
+    guide, assets = tmp_path / "guide", ROOT / "experiments/demo/assets"
+    for kind, place in (("hf", "w"), ("mindspeed", "converted")):
+        convert.convert(assets / "lm", guide / place, convert.WRITERS[kind])
+    config = json.loads((guide / "w/config.json").read_text())
+    own = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    sizes = {field: config.get(own.get(field, field), PREDICTOR[field]) for field in PREDICTOR}
+    extract = "feature_extract/data.json"
+    write_guide(guide, [
+        *(("model.json", f"predictor.{field}", size) for field, size in sizes.items()),
+        (extract, "dataset_param.preprocess_parameters.target_size", 64),
+        ("feature_extract/model.json", "ae.from_pretrained", str(assets / "vq")),
+    ], devices=1, extra="--train-iters 2")  # fmt: skip
+    (guide / "set/images").mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (64, 64), (50 * i, 0, 0)).save(guide / f"set/images/{i}.png")
+    rows = [
+        {"file": f"set/images/{i}.png", "prompt": "a red heart"} for i in range(5)
+    ]  # from the guide's working directory
+    (guide / "set/data.json").write_text(json.dumps(rows))
+    migrated(guide, tmp_path / "out")
+    script = tmp_path / "out/commands.sh"
+    script.write_text(script.read_text().replace("--steps", "--compile off --steps"))  # compiling takes minutes
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(data.FeatureSet(guide / "feats")) == 5
+    assert (guide / "tuned-hf/model.safetensors").exists()
+    assert (guide / "tuned-mindspeed/release").is_dir()
+    assert list((guide / "tuned-pictures").glob("*.png"))
 
 
 def value(words: list[str], flag: str) -> str:
@@ -228,6 +265,8 @@ FSDP = "patch.use_fsdp1"
         ([], "--lr", ["not a usable value"]),
         ([], "--rampup-batch-size 2 2 100", ["rampup", "belongs to no flag"]),
         ([], "--global-batch-size 9", ["--global-batch-size 9"]),
+        ([], "--seed ?", ["whatever files"]),
+        ([], "--seed " + "9" * 5000, ["not a usable value"]),
     ],
 )  # fmt: skip
 def test_what_would_change_results_is_refused_by_name(tmp_path, changes, extra, words):
@@ -283,6 +322,7 @@ def test_dropout_is_a_note(tmp_path, capsys):
         ("N=$1", r"\$1"),
         ("N=$(nvidia-smi | wc -l)", "nvidia-smi"),
         ("N=$UNSET", "UNSET"),
+        ("N=~/n", "home"),
         ("export HCCL_CONNECT_TIMEOUT=9", "120 to 7200"),
         ("export SOMETHING=1", "SOMETHING"),
         ("python other.py", "not torchrun"),
@@ -326,6 +366,53 @@ def test_words_expand_as_bash_expands_them(words, a, n):
         migration_shell._follow(script, statement)
     expected = with_bash.stdout if with_bash.stdout != "<>" or script.command else ""
     assert "".join(f"<{word}>" for word in script.command) == expected
+
+
+MARKS = [
+    "$",
+    "${",
+    "$((",
+    "`",
+    '"',
+    "'",
+    "\\",
+    "\n",
+    "|",
+    "&&",
+    "<<",
+    ">",
+    "#",
+    "~",
+    "export ",
+    "A=",
+    "$A",
+    ")",
+    ";",
+    "\0",
+]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(TRAIN)), st.sampled_from(MARKS)), min_size=1, max_size=6))
+def test_a_spoilt_script_is_read_or_refused(tmp_path_factory, marks):
+    text = TRAIN.format(devices=8, extra="")
+    for at, mark in marks:
+        text = text[:at] + mark + text[at:]
+    path = tmp_path_factory.mktemp("script") / "pretrain.sh"
+    path.write_text(text)
+    with suppress(InputError):
+        migration_shell.read(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["''" * 200_000, "# a\n" * 200_000, '"$A"' * 100_000, "A=$A" * 100_000, "${A:-" * 100_000, "$((" * 100_000]
+)
+def test_a_long_script_takes_no_longer_than_its_length(tmp_path, text):
+    (tmp_path / "a.sh").write_text(f"A={'x' * 60_000}\ntorchrun {text}\n")
+    started = time.monotonic()
+    with suppress(InputError):
+        migration_shell.read(tmp_path / "a.sh")
+    assert time.monotonic() - started < 5
 
 
 def test_values_do_not_grow_without_end(tmp_path):
