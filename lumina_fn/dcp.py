@@ -181,14 +181,15 @@ def _is_grid(shape: Sizes, chunks: list[Chunk]) -> bool:
 def _places(storage: Mapping, described: Mapping[str, Described]) -> Iterator[tuple[tuple[str, Sizes], Place]]:
     for index, info in storage.items():
         at, where = _fields(index, _INDEX), _fields(info, _STORAGE)
-        if at.get("fqn") not in described or "offset" not in at:
+        key = at.get("fqn")
+        if type(key) is not str or key not in described or "offset" not in at:
             continue
         place = Place(where.get("relative_path"), where.get("offset"), where.get("length"))
         if tuple(map(type, place)) != (str, int, int) or place.offset < 0 or place.length < 0:
             raise ValueError("a place is no name, offset and length")
         if where.get("transform_descriptors"):
             raise ValueError("its chunks are compressed or otherwise transformed: save it without extensions")
-        yield (at["fqn"], _sizes(at["offset"])), place
+        yield (key, _sizes(at["offset"])), place
 
 
 def _fields(value: object, kind: Global) -> dict:

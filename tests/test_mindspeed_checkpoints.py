@@ -357,6 +357,7 @@ def of_dtype(dtype: object) -> Change:
         (lambda m: m.state_dict_metadata.update({"lm_head.weight": m.state_dict_metadata[KEY]}), "lm_head.weight"),
         (lambda m: setattr(m, "storage_data", None), "no tensors and places"),
         (lambda m: setattr(m, "storage_data", {INDEX: 3}), "_StorageInfo"),
+        (lambda m: object.__setattr__(next(i for i in m.storage_data if i == INDEX), "fqn", {}), "does not say where"),
         (lambda m: {"state_dict_metadata": {}}, "lacks a Metadata"),
         (lambda m: [m], "lacks a Metadata"),
     ],
