@@ -137,7 +137,10 @@ def commands(guide: Guide) -> str:
 
 def shown(command: Command) -> str:
     """A command as one line of a shell."""
-    return " ".join([*(f"{name}={quoted([value])}" for name, value in command.environment.items()), quoted(command.words)])  # fmt: skip
+    environment = {name: quoted([value]) for name, value in command.environment.items()}
+    if environment.get("NNODES", "1") != "1":  # the other machines run the same script
+        environment["NODE_RANK"] = f'"${{NODE_RANK:-{environment["NODE_RANK"]}}}"'
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), quoted(command.words)])
 
 
 def report(guide: Guide) -> str:

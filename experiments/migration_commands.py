@@ -98,7 +98,12 @@ def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, st
     count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
     if count * nodes == 1:
         return Command("training", environment, ["python", "-m", "experiments.finetune", *run])
-    what = "training" if nodes == 1 else f"training, on each of {nodes} machines with its own NODE_RANK"
+    _whole(devices["--node-rank"])
+    what = (
+        "training"
+        if nodes == 1
+        else f"training, on each of {nodes} machines: with NODE_RANK=1 and so on for the others"
+    )
     names = {migration_fields.LAUNCH[flag].flag: value for flag, value in devices.items()}
     script = "experiments/launch/ascend_1x8.sh" if nodes == 1 else "experiments/launch/ascend_2x8.sh"
     return Command(what, environment | names, ["bash", script, *run])

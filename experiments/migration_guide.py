@@ -25,6 +25,10 @@ _KEPT = (
     "TOKENIZERS_",
     "HF_",
 )  # read by who reads them here
+_VARIABLES = {  # that the guide tells people to set; the flags are made of them
+    "NPUS_PER_NODE": "--nproc-per-node", "NNODES": "--nnodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--master-addr",
+    "MASTER_PORT": "--master-port", "LOAD_PATH": "--load", "SAVE_PATH": "--save",
+}  # fmt: skip
 _NEEDLESS = {"CUDA_DEVICE_MAX_CONNECTIONS": "Megatron's own check", "NON_MEGATRON": "there is no Megatron"}
 
 
@@ -160,7 +164,10 @@ def _sizes(root: Path, train: _Part) -> Mapping[str, Any]:
 def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
     """The exports that whoever reads them reads here too."""
     kept, variables = {}, {v.name for v in ascend_env.TABLE}
-    for name in sorted(part.script.exports - {"NPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}):
+    for name in sorted(_VARIABLES.keys() & part.script.variables.keys()):
+        value = part.script.variables[name]
+        lines.append(Line(part.name, name, str(value), "mapped", f"through its {_VARIABLES[name]}"))
+    for name in sorted(part.script.exports - _VARIABLES.keys()):
         try:
             value = part.script.value(name)
         except migration_shell.Unknown as error:

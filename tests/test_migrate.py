@@ -226,6 +226,17 @@ def test_one_device_needs_no_launcher(tmp_path):
     assert "torchrun" not in (tmp_path / "out/commands.sh").read_text()
 
 
+def test_two_machines_run_the_same_script(tmp_path):
+    guide = write_guide(tmp_path / "guide")
+    script = guide / BASE / "pretrain.sh"
+    script.write_text(script.read_text().replace("NODES=${NODES:-1}", "NNODES=2\nNODES=$NNODES"))
+    found = migrated(guide, tmp_path / "out")
+    assert "experiments/launch/ascend_2x8.sh" in found["launch"]
+    assert settings.parse(finetune.Settings, None, found["experiments.finetune"]).batch == 64
+    assert 'NODE_RANK="${NODE_RANK:-0}" ' in (tmp_path / "out/commands.sh").read_text()
+    assert "| `NNODES` | 2 | mapped |" in (tmp_path / "out/report.md").read_text()
+
+
 def test_features_that_are_there_are_used(tmp_path):
     guide = write_guide(tmp_path / "guide")
     write_mindspeed(guide / "feats", [(4, 4)])
