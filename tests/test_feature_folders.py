@@ -88,7 +88,7 @@ def test_packed_steps_are_the_same_steps(inputs, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", ["blocks", "step"])
 def test_packed_rows_are_compiled(inputs, run, compile):
-    features = ["--features", inputs[1] / "features", "--steps", 2]
+    features = ["--features", inputs[1] / "features", "--steps", 1]
     packed = run(*features, "--pack", 120, "--compile", compile, out="compiled")
     assert_same(packed, run(*features, out="plain"), abs=1e-9)  # compiled cosines, in float32, are others
 
@@ -134,15 +134,23 @@ def test_what_makes_no_sense_is_refused(inputs, tmp_path, flags, said):
 
 def test_another_mixture_is_another_run(inputs, tmp_path):
     one, other = inputs[1] / "features", inputs[1] / "more"
-    begin = [*inputs[0], "--out", tmp_path / "run", "--save-every", 2, "--steps"]
-    assert finetune.main([*map(str, [*begin, 2, "--features", f"{one}=0.7", "--features", f"{other}=0.3"])]) == 0
+    begin = [*inputs[0], "--save-every", 2, "--log-every", 1]
+    mixed = ["--features", f"{one}=0.7", "--features", f"{other}=0.3"]
+    call = lambda out, steps, *flags: finetune.main(
+        [*map(str, [*begin, "--out", tmp_path / out, "--steps", steps, *flags])]
+    )
+    assert call("run", 2, *mixed) == 0
     for flags, said in [
-        ([f"{one}=0.6", "--features", f"{other}=0.4"], "not the feature set"),
-        ([one, "--features", other], "not the feature set"),
-        ([one], "not the feature set"),
-        ([f"{one}=0.7", "--features", f"{other}=0.3", "--pack", "160"], "--pack was None, is 160"),
-        ([f"{one}=0.7", "--features", f"{other}=0.3", "--order", "clustered"], "--order was shuffled, is clustered"),
+        (["--features", f"{one}=0.6", "--features", f"{other}=0.4"], "not the feature set"),
+        (["--features", one, "--features", other], "not the feature set"),
+        (["--features", one], "not the feature set"),
+        ([*mixed, "--pack", 160], "--pack was None, is 160"),
+        ([*mixed, "--order", "clustered"], "--order was shuffled, is clustered"),
     ]:
         with pytest.raises(InputError, match=said):
-            finetune.main([*map(str, [*begin, 4, "--features", *flags])])
-    assert finetune.main([*map(str, [*begin, 4, "--features", f"{one}=7/10", "--features", f"{other}=0.30"])]) == 0
+            call("run", 4, *flags)
+    assert call("run", 4, "--features", f"{one}=7/10", "--features", f"{other}=0.30") == 0
+    assert call("straight", 4, *mixed) == 0
+    again, straight = (checkpoint.load_model(tmp_path / out / "model")[0] for out in ("run", "straight"))
+    for a, b in zip(*map(pytree.tree_leaves, (again, straight)), strict=True):
+        assert torch.equal(a, b)
