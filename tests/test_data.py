@@ -74,7 +74,7 @@ def test_a_shard_with_other_items_is_an_input_error(folder):
     more, less = [(len(f.text), f.codes.size) for f in features([(12, 4), (4, 4), (8, 8)])], path.stat().st_size
     assert len(more) == 3
     path.write_bytes(shard(folder, 0).read_bytes().ljust(less, b" ")[:less])
-    with pytest.raises(InputError, match="not whole|not the index's"):
+    with pytest.raises(InputError, match=r"not whole|not the index's"):
         list(data.FeatureSet(folder))
 
 
