@@ -86,7 +86,7 @@ def of_opening(rank: int, size: int, folder: str) -> tuple[float, int, float]:
 
 
 def of_training(rank: int, size: int, folder: str, rounds: int) -> dict[str, tuple[float, float]]:
-    """Of each way to make batches: the part that is padding, and tokens per second of steps, padding not counted."""
+    """Of each way to make batches: the part that is padding, and tokens per CPU second of steps, padding not counted."""
     mixture, opt = Mixture((data.FeatureSet(folder),)), train.AdamW()
     room = batches.bucket(int(mixture.lengths[0].max()))
     ways = {
@@ -103,12 +103,12 @@ def of_training(rank: int, size: int, folder: str, rounds: int) -> dict[str, tup
     seen = dict.fromkeys(ways, (0.0, 0, 0))
     for n in range(rounds + 1):
         for name, stream in streams.items():  # in turn: what else runs on this machine meets all of them
-            begin = time.perf_counter()
+            begin = time.process_time()
             share = next(stream)
             state, metrics = step(state, share.batch)
             metrics["loss"].item()
             if n:  # the first warms up
-                more = time.perf_counter() - begin, share.tokens, share.batch.tokens.numel()
+                more = time.process_time() - begin, share.tokens, share.batch.tokens.numel()
                 seen[name] = tuple(a + b for a, b in zip(seen[name], more, strict=True))
     return {name: (1 - real / whole, real / seconds) for name, (seconds, real, whole) in seen.items()}
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None) -> int:
         found = processes.run(1, of_training, str(mixed), run.rounds)[0]
         for name, (padding, speed) in found.items():
             gain = speed / found["plain"][1]
-            text = f"{padding:.0%} padding, {speed:.0f} tokens/s of a small model: {gain:.2f}x"
+            text = f"{padding:.0%} padding, {speed:.0f} tokens per CPU second of a small model: {gain:.2f}x"
             report(f"mixed lengths, {name}", text, name == "plain" or gain > 1)
 
         many = write(Path(root, "many"), pictures([(4, 4)] * run.samples, 1024, 4))
