@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,18 +88,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     spec = _read_json(folder / "tokenizer.json")
     names = _read_json(folder / "tokenizer_config.json")
     config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    try:
+    with _library(f"{folder / 'tokenizer.json'}: not a tokenizer"):
         model = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises Exception itself
-        raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
     model.no_truncation()
     model.no_padding()
 
     def encode(text: str) -> list[int]:
-        try:
+        with _library(f"{folder / 'tokenizer.json'}: {text!r:.80} cannot be encoded"):
             return model.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # as above; a text may hold what the tokenizer has no token for
-            raise InputError(f"{folder / 'tokenizer.json'}: {text!r:.80} cannot be encoded: {error}") from error
 
     def special(text: str) -> int | None:
         """The id of a token that is found in running text; being in the vocabulary is not enough."""
@@ -125,6 +121,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         control=frozenset(control),
         fingerprint=hashlib.sha256(what.encode()).hexdigest(),
     )
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """An error of the tokenizers library is an InputError: it raises Exception itself, and where it panics what is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {error}") from error
 
 
 def _read_json(path: Path) -> dict:

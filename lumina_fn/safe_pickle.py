@@ -219,7 +219,7 @@ def _reduced(function: object, args: object, records: Set[Global]) -> object:
         return args[0]
     if function == _REBUILD_TYPED and len(args) > 2 and args[0] in _REBUILD_TENSOR and type(args[2]) is tuple:
         return _tensor(args[2])
-    return Inert(f"{function.module}.{function.name}")
+    return Inert(f"{function.module:.99}.{function.name:.99}")  # each call makes one: a long name must not fill memory
 
 
 def _tensor(args: tuple) -> TensorRef | Inert:

@@ -142,8 +142,10 @@ def _open_native(path: Path, config: dict) -> Source:
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     wrong = hf_config.problems(sizes) if kind == "lumina" else vq_config.problems(sizes)
     ids = hf_config.read_ids(config.get("ids"), sizes["vocab"], wrong) if kind == "lumina" else None
-    if kind == "lumina" and not (
-        vq_config.whole(sizes["masked_ids"], 0) and max(sizes["masked_ids"], default=-1) < sizes["vocab"]
+    if (
+        kind == "lumina"
+        and not wrong
+        and not (vq_config.whole(sizes["masked_ids"], 0) and max(sizes["masked_ids"], default=-1) < sizes["vocab"])
     ):
         wrong.append("masked_ids must be a list of ids below vocab")
     if wrong:
