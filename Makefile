@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast ascend-test ascend-kernels soak lint bench npu-check
+.PHONY: setup demo test test-fast ascend-test ascend-kernels soak fuzz lint bench npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -49,6 +49,13 @@ ascend-kernels: setup .venv-triton/installed
 soak: export OMP_NUM_THREADS := 1
 soak: setup
 	$(BIN)/python -u -m tests.soak 100
+
+# 20,000 mutated files of each format; then inputs grown by coverage, where atheris installs. `make test` plays 200 of each.
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: setup
+	$(BIN)/python -W ignore -m tests.fuzz.run --cases 20000
+	if $(BIN)/python -m pip install --quiet --editable '.[fuzz]'; then $(BIN)/python -m tests.fuzz.guided; \
+	else echo "atheris does not install here: without the cases that coverage finds"; fi
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,17 +18,21 @@ from PIL import Image
 
 from experiments import pretokenize
 from lumina_fn import (
+    checkpoint,
     data,
     dataset,
     hf_config,
     images,
+    model,
     plain_pickle,
     prompt,
     safe_pickle,
     shards,
+    sources,
     tensor_files,
     vq_config,
 )
+from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from tests import folders
 from tests.fuzz import formats, law, mutate, pictures, tokenizers_small
@@ -59,8 +63,8 @@ LAWLESS = {
     "runs a command": (lambda at: subprocess.run(["true"]), "subprocess.Popen"),
     "tells what it may not know": (lambda at: law.CANARY, "canary"),
     "raises": (lambda at: {}["x"], "KeyError"),
-    "goes on for ever": (lambda at: [None for _ in iter(int, 1)], "s"),
-    "takes memory": (lambda at: bytearray(law.MEMORY + (200 << 20)) and None, "bytes"),
+    "goes on for ever": (lambda at: next(x for x in iter(int, 1) if x), "s"),
+    "takes memory": (lambda at: (b"x" * (law.MEMORY + (200 << 20))) and None, "bytes"),
     "takes all memory": (lambda at: bytearray(1 << 40), "MemoryError"),
 }
 
@@ -149,10 +153,27 @@ def test_a_shape_of_a_million_axes_is_not_multiplied(tmp_path):
     assert time.process_time() - start < 2
 
 
+def test_calls_of_a_long_name_do_not_fill_memory():
+    program = b"c" + b"m" * (1 << 20) + b"\nf\nq\0" + b"h\0)R0" * 2000 + b"h\0)R."
+    assert len(safe_pickle.loads(program).what) < 250
+    listed = safe_pickle.loads(b"c" + b"m" * (1 << 20) + b"\nf\nq\0](" + b"h\0)R" * 5000 + b"e.")
+    assert sum(len(inert.what) for inert in listed) < 5000 * 250
+
+
 def test_numbers_beyond_float_are_no_sizes():
     for name in ("rms_norm_eps", "rope_theta"):
         with pytest.raises(InputError, match="expected a positive number"):
             hf_config.parse({**folders.SMALL, name: 10**400}, {}, "config.json")
+
+
+def test_a_vocabulary_that_is_a_list_is_told(tmp_path):
+    cfg = ModelConfig(vocab=40, width=8, layers=1, heads=2, kv_heads=1, hidden=8, max_positions=16, masked_ids=(3,))
+    checkpoint.save_model(tmp_path / "lm", model.init(cfg), cfg)
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    config["model"]["vocab"] = [40]
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="vocab_size"):
+        sources.open_source(tmp_path / "lm")
 
 
 def test_a_vq_too_large_to_be_described_is_refused():
@@ -185,6 +206,13 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_an_input_error(small_tokenizer
     spec = tokenizers_small.specs()[3]
     del spec["model"]["vocab"]["[UNK]"]
     with pytest.raises(InputError, match="cannot be encoded"):
+        prompt.load_tokenizer(small_tokenizer(spec, {"eos_token": "</s>"}, tokenizers_small.IDS))
+
+
+def test_a_panic_of_the_library_is_an_input_error(small_tokenizer):
+    spec = tokenizers_small.specs()[0]
+    spec["model"] |= {"continuing_subword_prefix": "#" * 9}
+    with pytest.raises(InputError, match="not a tokenizer"):
         prompt.load_tokenizer(small_tokenizer(spec, {"eos_token": "</s>"}, tokenizers_small.IDS))
 
 
@@ -225,10 +253,11 @@ def test_a_feature_set_reads_nothing_outside_of_its_folder(tmp_path, what):
 
 
 @pytest.fixture
-def read_picture(tmp_path):
+def read_picture(tmp_path, small_tokenizer):
     """What pretokenize makes of a file's bytes at 64 pixels, whatever its name says."""
-    folders.write_tokenizer(tmp_path, 16)
-    known = prompt.load_tokenizer(tmp_path)
+    known = prompt.load_tokenizer(
+        small_tokenizer(tokenizers_small.specs()[0], {"eos_token": "</s>"}, tokenizers_small.IDS)
+    )
 
     def read(content: bytes, name: str = "x.png") -> object:
         (tmp_path / name).write_bytes(content)
@@ -295,13 +324,15 @@ def test_what_is_transparent_is_white(read_picture, form):
 
 
 @pytest.mark.parametrize("road", ["../outside/secret.png", "linked/secret.png", "link.png", "{outside}/secret.png", "a/../../outside/secret.png", "\0", "a" * 5000, "\ud800.png"])  # fmt: skip
-def test_no_row_leads_out_of_the_folder(tmp_path, road):
+def test_no_row_leads_out_of_the_folder(tmp_path, small_tokenizer, road):
     at = formats.ground(tmp_path)
-    folders.write_tokenizer(at.folder, 16)
+    known = prompt.load_tokenizer(
+        small_tokenizer(tokenizers_small.specs()[0], {"eos_token": "</s>"}, tokenizers_small.IDS)
+    )
     (at.folder / "a").mkdir()
     (at.folder / "linked").symlink_to(at.outside)
     (at.folder / "link.png").symlink_to(at.outside / "secret.png")
     row = {"file": road.format(outside=at.outside), "prompt": "a secret"}
-    told = pretokenize.prepare(0, row, [at.folder], prompt.load_tokenizer(at.folder), 64, 0)
+    told = pretokenize.prepare(0, row, [at.folder], known, 64, 0)
     assert isinstance(told, shards.Rejected)
     assert "outside" in told.reason or "path" in told.reason

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lumina_fn.vocab import END_TEXT, NEWLINE_TEXT, SEP_TEXT, START_TEXT, size_text
 
-_SPECIAL = ["<s>", "</s>", START_TEXT, END_TEXT, NEWLINE_TEXT, SEP_TEXT, *(size_text(n) for n in range(1, 4))]
+_SPECIAL = ["<s>", "</s>", START_TEXT, END_TEXT, NEWLINE_TEXT, SEP_TEXT, *(size_text(n) for n in range(1, 5))]
 IDS = {"start": 2, "end": 3, "newline": 4, "sep": 5, "size0": 5, "code0": 4000, "codes": 16}
 WORDS: Sequence[str] = (
     "BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Split", "Regex", "String", "Isolated", "Removed", "Contiguous", "Precompiled",
