@@ -134,7 +134,9 @@ def test_for_an_npu(folder, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "cummax" in next(line for line in done.stdout.splitlines() if line.startswith("refused"))
     # What is refused is looked for in the model, where it can be written otherwise, and not in the kernel that stands for it.
-    assert re.fullmatch(r"error: .* npu\.npu_swiglu\.default \(lumina_fn/\w+\.py:\d+ in \w+\); .*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"error: .* npu\.npu_swiglu\.default \(lumina_fn/\w+\.py:\d+ in \w+\); .*\n", done.stderr), (
+        done.stderr
+    )
     assert not (tmp_path / "outlacking").exists()
     for out, fused in (
         ("1forward", {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_fusion_attention", "npu_swiglu"}),
