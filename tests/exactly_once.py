@@ -146,22 +146,21 @@ def check(out: Path, count: int, bad: list[Bad]) -> None:
 
 def killed(argv: list[str], after: float) -> bool:
     """Start the command and kill it and all that it started; False where it was done before."""
-    process = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        process.wait(timeout=after)
-    except subprocess.TimeoutExpired:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in tree:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait()
-        psutil.wait_procs(tree, timeout=30)
-        return True
-    said = process.stderr.read().decode()
-    assert process.returncode == 0, said
-    return False
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+        try:
+            process.wait(timeout=after)
+        except subprocess.TimeoutExpired:
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in tree:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+            psutil.wait_procs(tree, timeout=30)
+            return True
+        said.seek(0)
+        assert process.returncode == 0, said.read().decode()
+        return False
 
 
 def main(
