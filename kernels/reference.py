@@ -12,6 +12,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+CPU_KERNELS = ("cpu", "meta")  # devices whose attention is that of CPUs: on meta tensors a CPU's memory is planned
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or in float64 where it already is."""
@@ -86,7 +88,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B T H K] over k, v [B T G K]; the output [B T H K] and the log-sum-exp [B T H]."""
-    if q.device.type != "cpu":
+    if q.device.type not in CPU_KERNELS:
         return written_out_attention_fwd(q, k, v)
     q, k, v = (_heads_first(t) for t in (q, *_repeat(q, k, v)))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
@@ -96,7 +98,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type != "cpu":
+    if q.device.type not in CPU_KERNELS:
         return written_out_attention_bwd(dout, q, k, v, out, lse)
     wide_k, wide_v = _repeat(q, k, v)
     heads_first = [_heads_first(t) for t in (dout, q, wide_k, wide_v, out, lse)]

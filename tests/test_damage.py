@@ -197,6 +197,7 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "-l", place], check=False)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of what it could not write
 def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
     folder = mounted("size=800k") / "checkpoints"
     state = random_state()

@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
+from safetensors.numpy import load_file, save
 
 from experiments import distributed, finetune
 from experiments.distributed import World
 from lumina_fn import checkpoint
 from lumina_fn.errors import InputError
-from tests.small_run import CODES, write_features, write_inputs
+from tests.small_run import write_features, write_inputs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -185,9 +186,15 @@ def test_a_failure_of_one_rank_has_one_traceback(launch, inputs, tmp_path):
     """An item whose codes lie beyond the model's vocabulary, which a damaged index hides, is met by the one rank that reads it."""
     damaged = tmp_path / "damaged"
     ids = checkpoint.load_model(inputs[1])[1].ids
-    write_features(damaged, inputs[1], ids, count=1, ids=type(ids)(**{**vars(ids), "code0": ids.code0 + CODES}))
+    write_features(damaged, inputs[1], ids, count=1)
+    (shard,) = damaged.glob("features-*")
+    stored = load_file(shard)
+    stored["codes"][:] = 60_000
+    damage = save(stored)
+    shard.write_bytes(damage)
     index = json.loads((damaged / "features.json").read_text())
-    (damaged / "features.json").write_text(json.dumps({**index, "largest_id": 1}))
+    index["shards"][0]["bytes"] = len(damage)
+    (damaged / "features.json").write_text(json.dumps(index))
     run = launch(*torchrun(), *inputs, "--out", tmp_path / "run", "--features", damaged)
     assert run.wait(90) == 1
     assert run.reasons() == ["rank 0 of 2: failed"]

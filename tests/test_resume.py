@@ -427,7 +427,7 @@ def test_a_run_s_folder_is_converted_a_unit_at_a_time(tmp_path):
     checkpoint.save(tmp_path / "run/checkpoints", 1, train.init_state(model.init(cfg), OPT), meta).wait()
     [(above, whole)] = processes.run(1, converting, str(tmp_path / "run"), str(tmp_path))
     assert whole > 160e6
-    assert above < 40e6  # four units of 10 MB: what is read, a view of it, and Orbax's own
+    assert above < 64e6  # of 160: four units of 10 MB: what is read, a view of it, and Orbax's own
 
 
 class Gone:
