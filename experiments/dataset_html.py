@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image
@@ -141,7 +142,7 @@ def _plot(title: str, histogram: Mapping[str, Any], name: Callable[[float], str]
     left, bottom, width, height, top = 44, 140, 290, 110, max(counts)
     step = width / len(counts)
     bars = []
-    for i, (n, low, high) in enumerate(zip(counts, edges, edges[1:], strict=False)):
+    for i, (n, (low, high)) in enumerate(zip(counts, pairwise(edges), strict=True)):
         tall = height * n / top
         bars.append(
             f'<rect x="{left + i * step:.1f}" y="{bottom - tall:.1f}" width="{max(step - 1, 1):.1f}" height="{tall:.1f}" fill="#2a6f97">'

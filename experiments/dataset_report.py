@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,6 @@ def _some(lines: Sequence[str]) -> Iterator[str]:
 
 def _bars(histogram: dict[str, Any], name) -> Iterator[str]:
     edges, counts = histogram["edges"], histogram["counts"]
-    for low, high, n in zip(edges, edges[1:], counts, strict=False):
+    for (low, high), n in zip(pairwise(edges), counts, strict=True):
         if n:
             yield f"    {name(low):>8} to {name(high):<8} {n:>8} {'#' * max(round(40 * n / max(counts)), 1)}"
