@@ -1,62 +1,30 @@
-"""What `plan` says of a training step, against steps that are really taken.
+"""The memory that `plan` says a training step takes, against steps that are really taken.
 
 Sharded steps, predicted or real, are in processes of their own, as everywhere: there annotations are not checked.
 """
 
 import itertools
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import ops
-from experiments import devices, plan, processes
+from experiments import processes
 from kernels import reference
-from lumina_fn import checkpoint, cost, errors, footprint, live, model, sharding, train, transform, walk
-from lumina_fn.config import LUMINA_7B, ModelConfig
+from lumina_fn import cost, footprint, live, model, sharding, transform, walk
+from lumina_fn.config import ModelConfig
 from lumina_fn.cost import Setup
 from lumina_fn.live import Live
 from ops import collectives
-from tests import folders
+from tests.planned_steps import STRATEGIES, TINY, step_of
 
-ROOT = Path(__file__).parents[1]
-TINY = ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, hidden=48)
 SLOW = pytest.mark.slow
-STRATEGIES = [
-    ("fsdp", None),
-    ("sdp", None),
-    ("no", None),
-    ("hybrid", 1),
-    ("hybrid_zero2", 2),
-]  # of two, with shard sizes
 BF16 = torch.bfloat16
-
-
-def step_of(rank: int, size: int, cfg: ModelConfig, setup: Setup):
-    """A real step, its state and its batch."""
-    mesh = None
-    if size > 1:
-        mesh = sharding.Mesh(
-            dist.group.WORLD, rank, size, "cpu", setup.strategy, setup.param_dtype, setup.reduce_dtype, setup.shard_size
-        )
-    step = train.make_train_step(
-        cfg, train.AdamW(), mesh, dtype=setup.dtype, compile="blocks" if setup.compiled else "off", remat=setup.remat,
-        donate=True, sync=setup.sync,
-    )  # fmt: skip
-    state = train.init_state(model.init(cfg), train.AdamW(), mesh)
-    tokens = torch.randint(cfg.vocab, (setup.micro_batches, setup.micro_batch, setup.tokens))
-    return step, state, train.Batch(tokens, tokens.clone())
 
 
 def held(rank: int, size: int, cases: list[tuple[ModelConfig, Setup]]) -> list[tuple[int, int]]:
@@ -208,60 +176,6 @@ def test_a_compiler_writes_what_others_than_elementwise_nodes_read():
     assert peak(lambda x: x.t(), x) == (0, 0)
 
 
-def test_flops_are_those_that_are_counted():
-    setup = Setup(tokens=96, micro_batch=2)
-    arguments = footprint._arguments(TINY, setup)
-    pair, _ = footprint._block(replace(TINY, layers=1), setup)
-    with FlopCounterMode(display=False) as matrices:  # attention is an op of our own, which it does not know
-        _, residuals = pair.forward(*arguments)
-        pair.backward(residuals, *arguments, torch.empty_like(arguments[0]))
-    scores, head = 6 * TINY.layers * TINY.width * 96, 6 * TINY.vocab * TINY.width
-    assert cost.flops(TINY, 96) == TINY.layers * matrices.get_total_flops() // (2 * 96) + scores + head
-    assert 3 * cost.recomputed_flops(TINY, 96) == cost.flops(TINY, 96) - head
-
-
-def test_the_7b_takes_what_is_known_of_it():
-    assert cost.parameters(LUMINA_7B) == 7_880_273_920
-    known = {1024: 43.9, 4096: 46.3, 9500: 50.5}  # GFLOP a token
-    assert {n: round(cost.flops(LUMINA_7B, n) / 1e9, 1) for n in known} == known
-
-
-class Moved(TorchDispatchMode):
-    """Counts the bytes of the whole vectors that collectives join or add up."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "lumina" and func._opname in self.bytes and args[0].numel() > 8:  # no metrics
-            whole = out if func._opname == "all_gather" else args[0]
-            self.bytes[func._opname] += whole.nbytes
-        return out
-
-
-def moved(rank: int, size: int, setups: list[Setup]) -> list[dict[str, int]]:
-    found = []
-    for setup in setups:
-        step, state, batch = step_of(rank, size, TINY, setup)
-        with Moved() as counted:
-            step(state, batch)
-        found.append(counted.bytes)
-    return found
-
-
-@SLOW
-def test_traffic_is_what_a_real_step_moves():
-    setups = [Setup(2, *sharded, 16, 1, 2, BF16, BF16, sync=sync) for sharded in STRATEGIES for sync in (True, False)]
-    kinds = {"gathers forward": "all_gather", "gathers backward": "all_gather", "reduce-scatters": "reduce_scatter"}
-    for setup, found in zip(setups, processes.run(2, moved, setups)[0], strict=True):
-        predicted = dict.fromkeys(found, 0)
-        for one in cost.traffic(TINY, setup):
-            predicted[kinds.get(one.kind, "all_reduce")] += one.size
-        assert predicted == found, setup
-
-
 def gathered(rank: int, size: int, setups: list[Setup]) -> list[int]:
     """The most bytes of gathered units at once."""
     return [max(most["gathered"] for most in footprint.memory(TINY, setup).values()) for setup in setups]
@@ -280,151 +194,3 @@ def test_units_that_are_whole_at_once():
         0,
     ]
     assert [cost.whole_units(TINY, setup) for setup in setups] == [1, 2, 6, 0]
-
-
-GROWING = (lambda n: 7 + 3 * n, lambda n: 5 * n + max(0, 9 * (n - 4)), lambda n: n * n, lambda n: 39 + n // 20)
-
-
-@pytest.mark.parametrize("grows", GROWING)
-@pytest.mark.parametrize("room", [0, 1, 10, 33, 40, 100])
-def test_the_largest_that_fits(grows, room):
-    assert plan.largest(grows, room, 20) == max((n for n in range(1, 21) if grows(n) <= room), default=0)
-
-
-def test_time_is_work_over_what_the_device_does():
-    device = devices.Device(flops=1e12, memory=1e9, bandwidth=1e11, link=1e10, network=1e9)
-    seconds = lambda n, **kind: devices.seconds(TINY, Setup(n, tokens=64, **kind), device, 4)
-    alone, node, two = seconds(1), seconds(4), seconds(8)
-    assert alone["compute"] == cost.flops(TINY, 64) * 64 / (0.4 * 1e12) == two["compute"]
-    assert alone["gathers"] == alone["reductions"] == alone["recompute"] == 0
-    moved = {one.kind: one.size for one in cost.traffic(TINY, Setup(4, tokens=64))}
-    assert node["reductions"] == pytest.approx(moved["reduce-scatters"] * 3 / 4 / 1e10 / 0.7)
-    # A quarter of the whole belongs to a device and its twin on the other node, half of it to each.
-    assert two["reductions"] == pytest.approx(node["reductions"] + moved["reduce-scatters"] / 8 / 1e9 / 0.7)
-    assert node["recompute"] > 0 == seconds(4, compiled=True)["recompute"]
-    assert two["optimizer"] == pytest.approx(alone["optimizer"] / 8)
-    assert seconds(8, forward_prefetch=True)["gathers"] < two["gathers"]
-
-
-SMALL = [
-    "--width",
-    "32",
-    "--heads",
-    "4",
-    "--layers",
-    "2",
-    "--hidden",
-    "48",
-    "--vocab",
-    "96",
-    "--seq",
-    "90",
-    "--compile",
-    "off",
-]
-PLAN = "import sys; from experiments import plan; plan.main(sys.argv[1:])"
-USED = "import resource; used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime, used.ru_maxrss * 1024)"
-
-
-def call(*flags: object, code: str = PLAN) -> str:
-    """What the command prints, in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@SLOW
-def test_a_table_has_a_column_for_each_number_of_devices():
-    lines = call("--devices", 1, 2, 16, *SMALL).splitlines()
-    table = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
-    assert {len(row) for row in table} == {4}
-    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in table}
-    assert rows["per device, of"] == ["1", "2", "16"]
-    assert "micro batches of 1 x 96 tokens (samples of 90, padded)" in lines
-    parameters = [float(cell.split()[0]) for cell in rows["parameters, MB"]]
-    assert parameters == sorted(parameters, reverse=True)
-
-
-@SLOW
-def test_json_holds_a_plan_for_each():
-    flags = ["--batch", 24, "--micro-batch", 2, "--strategy", "hybrid", "--shard-size", 2, "--json"]
-    two, four = json.loads(call("--devices", 2, 4, *SMALL, *flags))
-    for one in (two, four):
-        assert sum(one["at_peak"].values()) == one["peak"]
-        assert sum(one["seconds"].values()) == pytest.approx(one["step_seconds"])
-        assert one["at_peak"]["parameters"] == two["at_peak"]["parameters"]  # halves of a copy, on any number
-    assert (two["micro_batches"], four["micro_batches"]) == (6, 3)
-    assert four["seconds"]["reductions"] > 0
-
-
-@SLOW
-def test_this_machine_is_measured():
-    one, two = json.loads(call("--devices", 1, 2, *SMALL, "--device", "cpu", "--efficiency", 0.5, "--json"))
-    assert 0 < one["mfu"] < 0.5
-    assert two["seconds"]["compute"] == pytest.approx(2 * one["seconds"]["compute"])  # they share its cores
-
-
-def test_a_folder_needs_its_config_alone(tmp_path, capsys):
-    checkpoint.save_model(tmp_path / "native", model.init(TINY), TINY)
-    folders.write_hf(tmp_path / "hf", folders.small_state(), folders.SMALL)
-    for path in [*(tmp_path / "native").iterdir(), *(tmp_path / "hf").iterdir()]:
-        if path.name != "config.json":
-            path.unlink()
-    assert plan.read_config(tmp_path / "native") == TINY
-    assert plan.read_config(tmp_path / "hf").width == folders.SMALL["hidden_size"]
-    assert plan.main(["--devices", "1", "--model", str(tmp_path / "hf"), "--compile", "off", "--layers", "3"]) == 0
-    assert "3 layers, width 16, 4 heads" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--devices 0", "--devices 0: expected"),
-        ("--devices 8 -2", "--devices -2: expected"),
-        ("--devices 12", "--devices 12: expected whole nodes of --devices-per-node 8"),
-        ("--devices two", "--devices"),
-        ("", "--devices"),
-        ("--devices 8 --layers -1", "--layers -1: expected"),
-        ("--devices 8 --seq 0", "--seq 0: expected"),
-        ("--devices 8 --micro-batch 0", "--micro-batch 0: expected"),
-        ("--devices 8 --width 100", "width 100 / heads 32: expected an even whole number"),
-        ("--devices 8 --kv-heads 5", "kv heads 5: expected a divisor of the 32 heads"),
-        ("--devices 8 --device 910C", "--device 910C: expected one of 910B,"),
-        ("--devices 8 --efficiency 1.5", "--efficiency 1.5: expected a fraction"),
-        ("--devices 8 --efficiency 0", "--efficiency 0.0: expected a fraction"),
-        ("--devices 8 --strategy hybrid --shard-size 3", "--shard-size 3: expected a divisor of the 8 devices"),
-        ("--devices 8 --strategy zero9", "zero9"),
-        ("--devices 8 --model nowhere", "nowhere/config.json is missing"),
-        ("--devices 8 --model experiments/demo/assets/vq", "describes no Lumina transformer"),
-    ],
-)
-def test_a_mistake_is_one_line(flags, message, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as ended:
-        errors.run(lambda _: plan.main(flags.split()))
-    [line] = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
-    assert message in line
-
-
-@pytest.fixture(scope="module")
-def shown() -> list[str]:
-    """What the command prints of the 7B, and in the last line what that took."""
-    return call("--devices", 8, 16, 64, code=f"{PLAN}; {USED}").splitlines()
-
-
-@SLOW
-def test_the_7b_is_planned_in_seconds_and_not_allocated(shown):
-    seconds, size = map(float, shown[-1].split())
-    assert seconds < 60  # of a processor: others may be using it too
-    assert size < 1e9
-
-
-@SLOW
-def test_the_readmes_table_is_what_is_printed(shown):
-    """Some of its rows are left out there."""
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| per device, of") :].split("\n\n")[0].splitlines()
-    printed = [line for line in shown if line.startswith("|")]
-    assert table == [line for line in printed if line in table]
