@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast ascend-test ascend-kernels soak fuzz lint bench npu-check
+.PHONY: setup demo test test-fast ascend-test ascend-kernels soak fuzz lint bench bench-quick npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -61,12 +61,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup
-	$(BIN)/python -m experiments.bench_convert
-	$(BIN)/python -m experiments.bench_fsdp
-	$(BIN)/python -m experiments.bench_step
-	$(BIN)/python -m experiments.bench_checkpoint
-	$(BIN)/python -m kernels.bench --tokens 512
+# The peers of `make bench`, in a venv that shows .venv's packages under its own.
+.venv-bench/installed: .venv/installed
+	$(BIN)/python -m venv --clear .venv-bench
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$(.venv-bench/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth
+	.venv-bench/bin/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+# Everything beside its peers, in about an hour: bench/results.json and the README's table. In a few minutes: runs/bench-quick.json.
+bench: setup .venv-bench/installed
+	.venv-bench/bin/python -m bench
+
+bench-quick: setup .venv-bench/installed
+	.venv-bench/bin/python -m bench --quick --out runs/bench-quick.json
 
 npu-check: setup
 	$(BIN)/python -m experiments.npu_check

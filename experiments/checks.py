@@ -16,7 +16,7 @@ from lumina_fn.mixing import Mixture
 def flags(run: Any) -> None:
     """InputError for a flag of experiments.finetune whose value makes no sense."""
     for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("log_every", 1), ("seed", 0),
-                        ("noise_scale_every", 0), ("save_every", 0), ("keep", 1)):  # fmt: skip
+                        ("noise_scale_every", 0), ("profile", 0), ("save_every", 0), ("keep", 1)):  # fmt: skip
         if getattr(run, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(run, name)}: expected at least {least}")
     if not 0 < run.lr < math.inf:

@@ -12,18 +12,17 @@ Without arguments this is the embedded default: the fine-tune of `make demo`.
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import checks, distributed, feature_folders, resuming, run_folder, settings
+from experiments import checks, distributed, feature_folders, profiling, resuming, run_folder, settings
 from experiments.distributed import ALONE, World
+from experiments.finetune_settings import Settings
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
-from experiments.settings import REPEATED, EnvCheck
 from lumina_fn import batches, checkpoint, errors, files, model, optim, prefetch, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
@@ -33,98 +32,6 @@ from lumina_fn.train import TrainState
 
 STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
 REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
-
-
-@dataclass(frozen=True)
-class Settings:
-    model: Annotated[Path, "the model: a native or Hugging Face folder"]
-    features: Annotated[
-        tuple[Path, ...],
-        "a folder written by experiments.pretokenize; given again, a further one: all are read as one set, or, as DIR=0.7, "
-        "each as often as its weight says, without a common epoch",
-        REPEATED,
-    ]
-    out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
-    steps: Annotated[int, "how many"] = 5000
-    batch: Annotated[int, "samples per step, over all processes"] = 8
-    micro_batch: Annotated[
-        int,
-        "samples (with --pack, rows) per forward and backward of a process; a step accumulates as many as its share needs",
-    ] = 1
-    lr: Annotated[float, "peak learning rate"] = 2e-5
-    warmup: Annotated[int, "steps of linear warm-up"] = 0
-    schedule: Annotated[Literal["constant", "cosine"], "of the learning rate after warm-up; cosine ends at 0"] = (
-        "constant"
-    )
-    weight_decay: Annotated[float, "of AdamW, on every parameter"] = 1e-2
-    clip: Annotated[float, "global gradient norm"] = 1.0
-    z_weight: Annotated[float, "weight of the z-loss"] = 1e-5
-    caption_drop: Annotated[float, "probability that an item loses its caption, for guidance"] = 0.1
-    seed: Annotated[int, "of the order and the caption drop"] = 0
-    dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
-    ] = "auto"
-    device: Annotated[
-        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
-    ] = "auto"
-    env_check: EnvCheck = "error"
-    strategy: Annotated[
-        Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
-        "of many processes. fsdp: parameters, gradients and optimizer in parts, gathered for each forward and backward; "
-        "sdp: gathered once for both; no: whole on every process; hybrid, hybrid_zero2: fsdp, sdp within --shard-size "
-        "processes, whole copies across",
-    ] = "fsdp"
-    shard_size: Annotated[
-        int | None,
-        "processes that share one copy of the model under hybrid strategies; divides their number (default: those of one machine)",
-    ] = None
-    param_dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16", "float16"],
-        "of parameters while they are gathered; auto: that of compute; float16 is refused, with the reason",
-    ] = "auto"
-    reduce_dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16", "float16"],
-        "of gradients while they are summed over processes; auto: float32, float64 where compute is; float16 is refused",
-    ] = "auto"
-    forward_prefetch: Annotated[
-        bool, "gather the next block's parameters while one computes, on devices with streams"
-    ] = False
-    backward_prefetch: Annotated[bool, "the same on the way back"] = False
-    sync: Annotated[
-        bool,
-        "sum gradients over processes after each micro batch; if not, once a step, with a whole model's gradients held",
-    ] = True
-    remat: Annotated[
-        bool | None,
-        "keep only each block's input and compute the rest again in the backward (default: for a billion parameters and more)",
-    ] = None
-    compile: Annotated[
-        Literal["off", "blocks", "step"] | None,
-        "nothing, one block for all, or the whole step (default: blocks; on an NPU off, the only choice there)",
-    ] = None
-    last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
-    order: Annotated[
-        Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
-    ] = "shuffled"
-    pack: Annotated[
-        int | None, "tokens of a row that several samples share; the loss is the same (default: each has its own)"
-    ] = None
-    log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
-    noise_scale_every: Annotated[
-        int,
-        "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
-    ] = 0
-    save_every: Annotated[
-        int, "steps between checkpoints, of which one is also written early and one at the end; 0: none"
-    ] = 500
-    keep: Annotated[int, "checkpoints that are kept: the last ones"] = 2
-    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too"] = None
-    resume: Annotated[
-        str,
-        "auto: from OUT's last checkpoint, if it has one; no; the step of a checkpoint; or last-good: the last whose files are "
-        "as they were written. Later checkpoints are then set aside",
-    ] = "auto"
-    overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
 def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
@@ -230,13 +137,15 @@ def finetune(
     tokens, stopped = 0, None
     log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()
     ready = prefetch.ahead(prefetch.pinned(share, device) for share in stream)
-    with log, world.stopping() as stop, ready as shares:
+    profile = profiling.Profile(run.out / run_folder.PROFILE, steps, run.profile if world.rank == 0 else 0, world.say)
+    with log, world.stopping() as stop, ready as shares, profile:
         for n, share in enumerate(shares, steps.start + 1):
             if stop.before(n):
                 stopped = stop.number
                 kept.save(n - 1, state)
                 break
             noisy = run.noise_scale_every and n % run.noise_scale_every == 0
+            profile.before(n)
             state, metrics = (noisy_step if noisy else step)(state, pytree.tree_map(to_device, share.batch))
             tokens += share.tokens
             if world.rank == 0:

@@ -11,9 +11,9 @@ from lumina_fn import files, manifest
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 
-METRICS, MODEL, LAST_GOOD = "metrics.jsonl", "model", "last_good"
+METRICS, MODEL, LAST_GOOD, PROFILE = "metrics.jsonl", "model", "last_good", "profile"
 FINISHED = "finished"  # holds the step whose parameters are in model/
-CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED}
+CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED, PROFILE}
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         run()
         module.synchronize()
         return module.max_memory_allocated() - before
-    with _hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     steps = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps.sort(key=lambda event: event.start_ns())
@@ -78,7 +78,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Without stderr: the profiler's library writes a line there whenever it starts and stops."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -80,15 +80,15 @@ def rope(positions: Int[Tensor, "*B T"], cfg: ModelConfig) -> Float[Tensor, "*B 
 def attention(
     p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend, cache: KV | None
 ) -> tuple[Float[Tensor, "B T D"], KV | None]:
-    heads = lambda w: rearrange(F.linear(x, w), "B T (H K) -> B T H K", K=cfg.head_width)
+    heads = lambda w: rearrange(ops.linear(x, w), "B T (H K) -> B T H K", K=cfg.head_width)
     normed = lambda x, norm: ops.qk_norm_rotary(x, norm.gain, norm.bias, angles, HEAD_NORM_EPS)
     q, k = normed(heads(p.q), p.q_norm), normed(heads(p.k), p.k_norm)
     out, cache = attend(q, k, heads(p.v), cache)
-    return F.linear(rearrange(out, "B T H K -> B T (H K)"), p.out), cache
+    return ops.linear(rearrange(out, "B T H K -> B T (H K)"), p.out), cache
 
 
 def mlp(p: Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    return F.linear(ops.swiglu(F.linear(x, p.gate), F.linear(x, p.up)), p.down)
+    return ops.linear(ops.swiglu(ops.linear(x, p.gate), ops.linear(x, p.up)), p.down)
 
 
 def block(
@@ -141,7 +141,7 @@ def along(
 
 def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tensor, "B T V"]:
     """Logits in float32 (float64 for float64 parameters)."""
-    logits = F.linear(ops.rms_norm(x, p.norm, cfg.eps), p.unembed)
+    logits = ops.linear(ops.rms_norm(x, p.norm, cfg.eps), p.unembed)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if cfg.masked_ids:
         hidden = among(cfg.masked_ids, cfg.vocab, x.device)

@@ -112,6 +112,27 @@ def test_same_seed_same_model(call, tmp_path, flags):
     assert any((a[key] - c[key]).abs().max() > 1e-4 for key in a)
 
 
+def test_a_profile_shows_the_steps_that_were_asked_for_and_changes_nothing(call, tmp_path):
+    flags = ("--steps", 6, "--batch", 4, "--last", "drop", "--log-every", 1, "--lr", 1e-2)
+    assert call(*flags, out=tmp_path / "plain")[0] == 0
+    code, said = call(*flags, "--profile", 2, out=tmp_path / "profiled")
+    assert code == 0
+    assert any(f"profile of steps 3 to 4: {tmp_path / 'profiled/profile'}" in line for line in said)
+    losses = lambda out: [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses(tmp_path / "profiled") == losses(tmp_path / "plain")
+    trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
+    backwards = [event for event in trace["traceEvents"] if event.get("name") == "aten::embedding_dense_backward"]
+    assert len(backwards) == 2 * 4  # one of each micro batch
+    assert "aten::mm" in (tmp_path / "profiled/profile/ops.txt").read_text()
+
+
+def test_a_run_that_is_too_short_for_its_profile_says_so(call, tmp_path):
+    code, said = call("--steps", 3, "--profile", 2)
+    assert code == 0
+    assert "note: nothing is profiled: 2 steps of warm-up and 2 more are asked of 3" in said
+    assert not (tmp_path / "run/profile").exists()
+
+
 def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
     """A command of a cluster runs on a laptop; what has no effect there is said."""
     flags = [

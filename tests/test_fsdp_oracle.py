@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from experiments import fsdp_peer
+from bench import fsdp_peer
 from lumina_fn import model, sharding, train
 from lumina_fn.config import ModelConfig
 

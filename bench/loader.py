@@ -1,6 +1,6 @@
 """Whether the loader keeps up, and what packing and clustering are worth: tokens per second, memory, bytes per token.
 
-    python -m experiments.bench_loader
+    python -m bench.loader
 
 Fails where one core loads fewer than 2 million tokens a second of 768 px pictures, where opening a set of a million samples
 takes more than a second or 200 MB, where a token takes more than 2.2 bytes, or where packing or clustering is no gain.

@@ -1,6 +1,6 @@
 """What remat and more ranks are worth in memory, and what compiling costs: real steps and loading, in fresh processes.
 
-    python -m experiments.bench_step
+    python -m bench.step
 
 Fails where the compiled step with remat peaks above 0.6 of the one without, above the state; where more ranks do not lower a
 rank's peak; where loading takes more than a rank's part and one unit; or where the first step, with nothing compiled before,

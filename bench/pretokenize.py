@@ -1,6 +1,6 @@
 """Pictures per second of a whole pretokenization, beside those of encoding alone, on tensors that are ready.
 
-    python -m experiments.bench_pretokenize
+    python -m bench.pretokenize
 
 Pictures are drawn (JPEG, of a few sizes), then the two take turns on the same pictures, with the same batches: the whole run
 reads files, hashes, cuts, stacks, encodes and writes shards. Fails where it is slower than `share` of encoding alone.

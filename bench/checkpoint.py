@@ -1,23 +1,18 @@
 """A sharded training state saved and restored, beside torch.distributed.checkpoint (DCP), on two processes: time, disk, memory.
 
-    python -m experiments.bench_checkpoint
-
 All savers write the same tensors in turn in the same fresh processes, after one round that is not counted; both readers' states
 are compared with what was saved. Seconds are the slowest rank's, peaks those of the rank that takes the most. Nothing trains
 meanwhile. Ours also writes a SHA-256 of every file and checks them before it restores, DCP does not hash; both force their files
-onto the disk. Fails where our call takes more than its share of the time until the checkpoint is there, where saving takes more memory than
-a rank's copy of the state and one unit, or restoring more than one unit (SLACK aside), or where a state differs.
+onto the disk.
 """
 
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -27,27 +22,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bench.harness import GB, Row, ratio, row
 from experiments import processes
-from experiments.settings import parse
-from lumina_fn import checkpoint, cost, errors, model, train
+from lumina_fn import checkpoint, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.sharding import Mesh
 
 RANKS = 2  # of one thread each
 CFG = ModelConfig(vocab=20_480, width=768, layers=12, heads=12, kv_heads=12, hidden=2048)
 SAVERS, READERS = ("ours", "dcp.save", "dcp.async_save"), ("ours", "dcp.load")
-MB = 1e6
 SLACK = 32e6  # bytes: files' buffers and what malloc keeps
 
 Waiting = Callable[[], object]  # returns once the checkpoint is there
-
-
-@dataclass(frozen=True)
-class Settings:
-    layers: Annotated[int, "of the model whose state is saved"] = CFG.layers
-    vocab: Annotated[int, "of that model"] = CFG.vocab
-    rounds: Annotated[int, "that are counted"] = 3
-    share: Annotated[float, "of the time until a checkpoint is there that its call takes, at the most"] = 0.2
 
 
 def saving(rank: int, size: int, cfg: ModelConfig, folder: Path, rounds: int) -> list[list[list[float]]]:
@@ -139,49 +125,41 @@ def _largest(*numbers: float) -> list[float]:
     return found.tolist()
 
 
-def _spread(values: Iterable[float], digits: int = 2) -> str:
-    values = sorted(values)
-    return f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f} to {values[-1]:.{digits}f})"
-
-
-def _megabytes(sizes: Iterable[int]) -> str:
-    return _spread((size / MB for size in sizes), 0)
-
-
-def main(argv: Sequence[str] | None) -> int:
-    run = parse(Settings, __doc__, argv)
-    cfg = replace(CFG, layers=run.layers, vocab=run.vocab)
-    size = 3 * 4 * cost.parameters(cfg) / MB  # parameters and two moments in float32
-    print(f"{size:.0f} MB of state, {RANKS} processes; median (range) of {run.rounds} rounds\n")
+def rows(quick: bool) -> Iterator[Row]:
+    rounds = 1 if quick else 3
     with tempfile.TemporaryDirectory() as root:
-        saves, restores = (processes.run(RANKS, of, cfg, Path(root), run.rounds)[0] for of in (saving, restoring))
-    print("| | blocked s | total s | blocked/total | MB on disk | peak MB above the state |\n|---|---|---|---|---|---|")
+        saves, restores = (processes.run(RANKS, of, CFG, Path(root), rounds)[0] for of in (saving, restoring))
+    found = {name: list(zip(*took, strict=True)) for name, took in zip(SAVERS, zip(*saves, strict=True), strict=True)}
+    read = {
+        name: list(zip(*took, strict=True)) for name, took in zip(READERS, zip(*restores, strict=True), strict=True)
+    }
     leaves = lambda tree: sum(leaf.nbytes for leaf in pytree.tree_leaves(tree))
-    whole = model.init(cfg, device="meta")
-    unit = max(map(leaves, (whole.embed, *whole.blocks, whole.head)))
-    shares, peaks = [], {}
-    for name, took in zip(SAVERS, zip(*saves, strict=True), strict=True):
-        blocked, total, disk, above = zip(*took, strict=True)
-        shares.append([call / all_ for call, all_ in zip(blocked, total, strict=True)])
-        peaks.setdefault("saving", max(above))  # ours, the first
-        cells = _spread(blocked), _spread(total), _spread(shares[-1]), f"{max(disk) / MB:.0f}", _megabytes(above)
-        print(f"| {name} | {' | '.join(cells)} |")
-    same = True
-    print()
-    for name, took in zip(READERS, zip(*restores, strict=True), strict=True):
-        seconds, above, differs = zip(*took, strict=True)
-        same &= not any(differs)
-        peaks.setdefault("restoring", max(above))
-        compared = "DIFFERS from what was saved" if any(differs) else "equal"
-        print(f"restoring, {name}: {_spread(seconds)} s, peak {_megabytes(above)} MB above the state, {compared}")
-    share = statistics.median(shares[0])
-    print(f"blocked share: {share:.2f} (target {run.share:.2f})")
-    allowed = {"saving": 3 * leaves(whole) / RANKS + unit + SLACK, "restoring": unit + SLACK}
-    for what, most in allowed.items():
-        print(f"peak of {what}: {peaks[what] / MB:.0f} MB above the state (at most {most / MB:.0f})")
-    within = all(peaks[what] <= most for what, most in allowed.items())
-    return 0 if share <= run.share and same and within else 1
-
-
-if __name__ == "__main__":
-    errors.run(main)
+    whole = model.init(CFG, device="meta")
+    state, unit = 3 * leaves(whole), max(map(leaves, (whole.embed, *whole.blocks, whole.head)))
+    blocked, total, _, above = found["ours"]
+    share = ratio(blocked, total)
+    others = {
+        name: {
+            "blocked_s": statistics.median(took[0]), "total_s": statistics.median(took[1]), "disk_gb": max(took[2]) / GB,
+            "peak_above_state_gb": max(took[3]) / GB,
+        }
+        for name, took in found.items()
+    }  # fmt: skip
+    readers = {
+        name: {"restoring_s": statistics.median(took[0]), "peak_above_state_gb": max(took[1]) / GB}
+        for name, took in read.items()
+    }
+    yield row(
+        "checkpoint_1g4", "time until a checkpoint is there and peak memory above the state, ours / dcp.async_save",
+        {
+            "blocked_share": "<= 0.2", "differing": "<= 0", "peak_of_allowed": "<= 1", "restoring_peak_of_allowed": "<= 1",
+        },
+        wall=ratio(total, found["dcp.async_save"][1]).median, rss=max(above) / max(found["dcp.async_save"][3]),
+        measured={
+            "blocked_share": share.median, "blocked_spread": share[1:], "state_gb": state / GB, **others, "restoring": readers,
+            "differing": sum(map(sum, (took[2] for took in read.values()))),
+            # Saving may hold a rank's copy of the state and a unit, restoring a unit.
+            "peak_of_allowed": max(above) / (state / RANKS + unit + SLACK),
+            "restoring_peak_of_allowed": max(read["ours"][1]) / (unit + SLACK),
+        },
+    )  # fmt: skip
