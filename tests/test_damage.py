@@ -19,7 +19,7 @@ from experiments import processes, resuming
 from lumina_fn import checkpoint, errors, manifest, model, saved_state, sharding
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import Damaged
-from tests.test_resume import RUN, TINY, assert_same_bits, cut, finetune, inputs, random_state  # noqa: F401
+from tests.resumed_runs import RUN, TINY, assert_same_bits, cut, finetune, random_state, written_inputs  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,7 @@ WITHOUT_ROOM = "from lumina_fn import saved_state; saved_state.ROOM = -(1 << 40)
 
 
 @pytest.mark.parametrize("first", ["", WITHOUT_ROOM], ids=["before", "meanwhile"])
-def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, first):  # noqa: F811
+def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, first):
     out = mounted("size=80m") / "run"
     finetune(inputs, out, "--compile", "off", "--steps", 6, "--save-every", 3)
     free = shutil.disk_usage(out).free
