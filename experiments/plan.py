@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from experiments import devices, plan_report, settings
+from experiments import devices, plan_report, roofline, settings
 from experiments.devices import CPU, DEVICES, Device
 from experiments.finetune import REMAT_FROM
 from experiments.plan_report import MOST, USABLE, Plan
@@ -67,6 +67,9 @@ class Settings:
     efficiency: Annotated[float | None, "of the device's peak FLOPs that are reached (default: 0.4; 0.7 on a CPU)"] = (
         None
     )
+    roofline: Annotated[
+        bool, "instead: the share of the device's peak by strategy and micro batch, and where communication hides"
+    ] = False
     json: Annotated[bool, "print a list of objects instead of a table, sizes in bytes"] = False
 
 
@@ -77,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = devices.cpu(compute) if run.device == CPU else DEVICES[run.device]
     device = replace(device, reached=run.efficiency or device.reached)
     setups = [_setup(run, cfg, n, compute) for n in run.devices]
+    if run.roofline:
+        print("\n".join(roofline.lines(cfg, setups, device, run.devices_per_node)))
+        return 0
     plans = [plan(cfg, setup, _own(run, device, setup.devices), run.devices_per_node) for setup in setups]
     if run.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=2))

@@ -92,7 +92,7 @@ def table(plans: list[Plan]) -> list[str]:
         "samples/s of all devices": [f"{plan.samples_per_second:.3g}" for plan in plans],
         "MFU": [f"{plan.mfu:.1%}" for plan in plans],
     }
-    return _aligned(
+    return aligned(
         [["per device, of", *(str(plan.devices) for plan in plans)], *([key, *row] for key, row in rows.items())]
     )
 
@@ -119,7 +119,8 @@ def notes(device: Device, name: str, dtype: torch.dtype) -> list[str]:
     return lines
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """A Markdown table of rows, the first of them its head, whose columns stand in line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     cells = lambda row: [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]

@@ -19,8 +19,6 @@ def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "O D"]) -> Float[Tens
     if x.device.type != "cpu" or not (isinstance(rows, int) and 0 < rows <= FEW) or weight.shape[0] % PARTS:
         return F.linear(x, weight)
     parts, flat = weight.unflatten(0, (PARTS, -1)), x.reshape(rows, -1).expand(PARTS, -1, -1)
-    if rows < 4:  # the vector on the right: a part at a time, in the order in which it lies
-        y = (parts @ flat.mT).permute(2, 0, 1)
-    else:
-        y = (flat @ parts.mT).transpose(0, 1)
+    # The vector on the right, where there are so few: a part's rows are then read one after the other.
+    y = (parts @ flat.mT).permute(2, 0, 1) if rows < 4 else (flat @ parts.mT).transpose(0, 1)
     return y.reshape(*x.shape[:-1], -1).contiguous()

@@ -145,3 +145,18 @@ def test_the_readmes_table_is_what_is_printed(shown):
     table = readme[readme.index("| per device, of") :].split("\n\n")[0].splitlines()
     printed = [line for line in shown if line.startswith("|")]
     assert table == [line for line in printed if line in table]
+
+
+@SLOW
+def test_the_readmes_roofline_is_what_is_printed_and_what_plan_says():
+    flags = ("--devices", 8, "--seq", 1024)
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    printed = [cells(line) for line in call(*flags, "--roofline").splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text()
+    told = readme[readme.index("| MFU (peak memory, GB), of") :].split("\n\n")[:2]
+    assert [row[:2] for row in map(cells, "\n".join(told).splitlines()) if "---" not in row[0]] == [
+        row for row in printed if "---" not in row[0]
+    ]
+    prefetched = ("--forward-prefetch", "--backward-prefetch", "--micro-batch", 4, "--strategy", "sdp", "--json")
+    [one] = json.loads(call(*flags, *prefetched))
+    assert ["sdp, micro batch 4", f"{one['mfu']:.1%} ({one['peak'] / 1e9:.0f})"] in printed

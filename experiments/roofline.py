@@ -1,0 +1,60 @@
+"""How close to its peak a device can come, by strategy and micro batch, and where communication stops to be seen."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from experiments import devices
+from experiments.devices import Device
+from experiments.plan_report import GB, USABLE, aligned
+from lumina_fn import cost, footprint
+from lumina_fn.config import ModelConfig
+from lumina_fn.cost import Setup
+
+STRATEGIES = ("fsdp", "sdp", "hybrid", "hybrid_zero2")
+MICRO_BATCHES = (1, 2, 4, 8)
+MOST = 256  # samples of a micro batch that are tried for where communication hides
+LITTLE = 0.05  # of a step: reductions, which nothing runs beside, that are not worth a thought
+
+
+def lines(cfg: ModelConfig, setups: Sequence[Setup], device: Device, per_node: int) -> Iterator[str]:
+    """Markdown: model FLOPs reached of the device's peak, of one step of one micro batch; then what a micro batch must be at the least."""
+    count = [str(setup.devices) for setup in setups]
+    rows = [["MFU (peak memory, GB), of", *count]]
+    for strategy in STRATEGIES:
+        for n in MICRO_BATCHES:
+            cells = (_reached(cfg, _as(setup, strategy, n, per_node), device, per_node) for setup in setups)
+            rows.append([f"{strategy}, micro batch {n}", *cells])
+    yield from aligned(rows)
+    yield ""
+    hidden = lambda setup: devices.seconds(cfg, setup, device, per_node)["gathers"] == 0
+
+    def slight(setup: Setup) -> bool:
+        seconds = devices.seconds(cfg, setup, device, per_node)
+        return seconds["reductions"] <= LITTLE * sum(seconds.values())
+
+    rows = [["smallest micro batch at which, of", *count]]
+    for what, holds in (("gathers hide", hidden), (f"reductions are {LITTLE:.0%} of a step", slight)):
+        for strategy in STRATEGIES:
+            found = (_first(lambda n, s=setup: holds(_as(s, strategy, n, per_node))) for setup in setups)
+            rows.append([f"{what}, {strategy}", *found])
+    yield from aligned(rows)
+
+
+def _as(setup: Setup, strategy: str, n: int, per_node: int) -> Setup:
+    """The setup with another strategy and micro batch, its gathers prefetched."""
+    return replace(
+        setup, strategy=strategy, shard_size=min(per_node, setup.devices), micro_batch=n, forward_prefetch=True,
+        backward_prefetch=True,
+    )  # fmt: skip
+
+
+def _reached(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> str:
+    peak, step = footprint.peak(cfg, setup), sum(devices.seconds(cfg, setup, device, per_node).values())
+    if peak > USABLE * device.memory:
+        return f"does not fit ({peak / GB:.0f})"
+    flops = cost.flops(cfg, setup.tokens) * setup.tokens * setup.micro_batch
+    return f"{flops / step / device.flops:.1%} ({peak / GB:.0f})"
+
+
+def _first(holds: Callable[[int], bool]) -> str:
+    return next((str(n) for n in range(1, MOST + 1) if holds(n)), f"more than {MOST}")
