@@ -35,7 +35,7 @@ from lumina_fn import (
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from tests import folders
-from tests.fuzz import formats, law, mutate, pictures, tokenizers_small
+from tests.fuzz import feature_formats, formats, law, mutate, pictures, playground, tokenizers_small
 from tests.project_copy import ROOT
 
 JSON = st.recursive(
@@ -72,7 +72,7 @@ LAWLESS = {
 def lawless() -> None:
     """In a process of its own: what readers do against the law is seen."""
     with tempfile.TemporaryDirectory() as folder:
-        at = formats.ground(Path(folder) / "ground")
+        at = playground.ground(Path(folder) / "ground")
         law.arm()
         for name, (read, what) in LAWLESS.items():
             try:
@@ -230,8 +230,8 @@ def test_ids_for_millions_of_codes_are_not_listed(small_tokenizer):
 
 @pytest.mark.parametrize("what", ["index", "items", "shard", "named items", "named shard", "pipe"])
 def test_a_feature_set_reads_nothing_outside_of_its_folder(tmp_path, what):
-    at = formats.ground(tmp_path)
-    folder = formats.write_feature_sets(at)
+    at = playground.ground(tmp_path)
+    folder = feature_formats.write_feature_sets(at)
     index = json.loads((folder / shards.INDEX).read_text())
     names = {"index": shards.INDEX, "items": index["items"], "shard": index["shards"][0]["file"]}
     data.FeatureSet(folder)
@@ -325,7 +325,7 @@ def test_what_is_transparent_is_white(read_picture, form):
 
 @pytest.mark.parametrize("road", ["../outside/secret.png", "linked/secret.png", "link.png", "{outside}/secret.png", "a/../../outside/secret.png", "\0", "a" * 5000, "\ud800.png"])  # fmt: skip
 def test_no_row_leads_out_of_the_folder(tmp_path, small_tokenizer, road):
-    at = formats.ground(tmp_path)
+    at = playground.ground(tmp_path)
     known = prompt.load_tokenizer(
         small_tokenizer(tokenizers_small.specs()[0], {"eos_token": "</s>"}, tokenizers_small.IDS)
     )

@@ -17,16 +17,16 @@ import atheris
 
 if os.environ.get("FUZZ_FORMAT"):  # the process that fuzzes: what it runs must count its branches
     with atheris.instrument_imports(include=["lumina_fn", "zipfile", "pickletools"]):
-        from tests.fuzz import formats, law
+        from tests.fuzz import formats, law, playground
 else:
-    from tests.fuzz import formats, law
+    from tests.fuzz import formats, law, playground
 
 LARGEST = 1 << 16  # bytes of an input
 
 
 def fuzz(name: str, root: Path, corpus: Path, options: list[str]) -> None:
     """Play a format in this process until libFuzzer ends it."""
-    at = formats.ground(root)
+    at = playground.ground(root)
     form = formats.FORMATS[name](at)
     for i, seed in enumerate(form.seeds):
         (corpus / str(i)).write_bytes(seed)

@@ -15,14 +15,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.fuzz import formats, law
+from tests.fuzz import formats, law, playground
 
 KEPT = 20  # inputs saved of a format; what breaks the law once breaks it often
 
 
 def cases(name: str, count: int, seed: int, root: Path, saved: Path, told) -> None:
     """Play a format's cases in this process; `told` is sent (accepted, refused, violations, seconds)."""
-    at = formats.ground(root)
+    at = playground.ground(root)
     form = formats.FORMATS[name](at)
     law.arm()
     begin, tally, found = time.perf_counter(), Counter(), Counter()
