@@ -35,7 +35,9 @@ def lines(cfg: ModelConfig, setups: Sequence[Setup], device: Device, per_node: i
     rows = [["smallest micro batch at which, of", *count]]
     for what, holds in (("gathers hide", hidden), (f"reductions are {LITTLE:.0%} of a step", slight)):
         for strategy in STRATEGIES:
-            found = (_first(lambda n, s=setup: holds(_as(s, strategy, n, per_node))) for setup in setups)
+            found = (
+                _first(lambda n, s=setup, k=strategy, holds=holds: holds(_as(s, k, n, per_node))) for setup in setups
+            )
             rows.append([f"{what}, {strategy}", *found])
     yield from aligned(rows)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+import ops
 from lumina_fn.config import VQConfig
 
 NORM_EPS = 1e-6
@@ -88,6 +89,8 @@ class Params(NamedTuple):
 def conv(
     p: Conv, x: Float[Tensor, "B C H W"], stride: int = 1, padding: int | None = None
 ) -> Float[Tensor, "B O H2 W2"]:
+    if p.weight.shape[-1] == 3 and stride == 1 and padding is None:
+        return ops.conv3x3(x, p.weight, p.bias)
     return F.conv2d(x, p.weight, p.bias, stride, p.weight.shape[-1] // 2 if padding is None else padding)
 
 
@@ -98,9 +101,10 @@ def group_norm(p: GroupNorm, x: Float[Tensor, "B C H W"], groups: int) -> Float[
 def spatial_norm(
     p: SpatialNorm, x: Float[Tensor, "B C H W"], zq: Float[Tensor, "B E h w"], groups: int
 ) -> Float[Tensor, "B C H W"]:
-    # A 1 x 1 convolution commutes with nearest upsampling: convolve the few latent cells, not the pixels.
-    over = lambda p: F.interpolate(conv(p, zq), x.shape[-2:], mode="nearest")
-    return torch.addcmul(over(p.bias), group_norm(p.norm, x, groups), over(p.gain))
+    # A 1 x 1 convolution commutes with nearest upsampling: convolve the latent cells, and let each one's result serve all its pixels.
+    apart = rearrange(group_norm(p.norm, x, groups), "B C (h y) (w x) -> B C h y w x", h=zq.shape[-2], w=zq.shape[-1])
+    over = lambda p: rearrange(conv(p, zq), "B C h w -> B C h 1 w 1")
+    return rearrange(torch.addcmul(over(p.bias), apart, over(p.gain)), "B C h y w x -> B C (h y) (w x)")
 
 
 def res(p: Res, x: Float[Tensor, "B C H W"], norm: Normalize) -> Float[Tensor, "B O H W"]:

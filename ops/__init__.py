@@ -14,6 +14,7 @@ from ops.attention import (
 )
 from ops.cache import write_cache, write_cache_op
 from ops.collectives import all_gather_op, all_reduce_op, reduce_scatter_op
+from ops.conv import conv3x3
 from ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_pass
 from ops.join import join, join_op
 from ops.linear import linear
@@ -22,7 +23,7 @@ from ops.rms_norm import add_rms_norm, add_rms_norm_bwd, add_rms_norm_fwd, rms_n
 from ops.swiglu import swiglu, swiglu_bwd, swiglu_fwd
 
 __all__ = [
-    "ASCEND", "REFERENCES", "adamw", "add_rms_norm", "attention", "cached_attention", "join", "linear", "linear_cross_entropy",
+    "ASCEND", "REFERENCES", "adamw", "add_rms_norm", "attention", "cached_attention", "conv3x3", "join", "linear", "linear_cross_entropy",
     "linear_cross_entropy_pass", "packed_attention", "qk_norm_rotary", "rms_norm", "swiglu", "write_cache",
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import define, folded
+from ops.define import apply, define, folded
 
 
 def _fake_fwd(q, k, v, *first):
@@ -78,14 +78,14 @@ def attention(
     q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"]
 ) -> Float[Tensor, "B T H K"]:
     """Causal attention with scale K^-0.5; each of the G key and value heads serves H / G query heads."""
-    return _Attention.apply(q, k, v)[0]
+    return apply(_Attention, q, k, v)[0]
 
 
 def packed_attention(
     q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"], first: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T H K"]:
     """Causal attention within each document of a row; first holds, for each position, the one where its document starts."""
-    return _Attention.apply(q, k, v, first)[0]
+    return apply(_Attention, q, k, v, first)[0]
 
 
 def cached_attention(

@@ -3,7 +3,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels import npu, reference
-from ops.define import define, in_front
+from ops.define import apply, define, in_front
 
 
 def _fake(x, weight, target, count, z_weight, masked):
@@ -61,4 +61,4 @@ def linear_cross_entropy(
     The loss is ce + z_weight * z with z = logsumexp(logits)^2; only it is differentiable. A row whose target is
     negative is not predicted. Value and gradients are made in one pass over chunks of rows: [N, V] never exists.
     """
-    return _LinearCrossEntropy.apply(x, weight, target, count, z_weight, list(masked))[:3]
+    return apply(_LinearCrossEntropy, x, weight, target, count, z_weight, list(masked))[:3]

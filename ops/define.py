@@ -29,6 +29,11 @@ def define(
     return getattr(torch.ops.lumina, name).default
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args); where no gradient can be asked for its forward alone, which spares a small op 20 to 50 us."""
+    return (function.apply if torch.is_grad_enabled() else function.forward)(*args)
+
+
 def in_front(info: Any, in_dims: Sequence[Any], *args: Any) -> list[Any]:
     """The arguments of a vmap rule with the new axis first in every tensor; one that lacks it is expanded."""
     n = info.batch_size

@@ -3,7 +3,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels import npu, reference
-from ops.define import against, define, in_front
+from ops.define import against, apply, define, in_front
 
 
 def _fake_fwd(x, gain, bias, angles, eps):
@@ -76,4 +76,4 @@ def qk_norm_rotary(
 
     angles holds cosines and sines, one set for all rows or one for each; no gradient reaches them.
     """
-    return _QKNormRotary.apply(x, gain, bias, angles, eps)[0]
+    return apply(_QKNormRotary, x, gain, bias, angles, eps)[0]

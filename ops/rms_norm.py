@@ -3,7 +3,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import against, define, in_front
+from ops.define import against, apply, define, in_front
 
 
 def _fake_fwd(x, gain, eps):
@@ -109,11 +109,11 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Float[Tensor, "... D"], gain: Float[Tensor, " D"], eps: float) -> Float[Tensor, "... D"]:
     """x / rms(x) * gain over the last axis; the mean square in float32, the result in x's dtype."""
-    return _RMSNorm.apply(x, gain, eps)[0]
+    return apply(_RMSNorm, x, gain, eps)[0]
 
 
 def add_rms_norm(
     x: Float[Tensor, "... D"], residual: Float[Tensor, "... D"], gain: Float[Tensor, " D"], eps: float
 ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"]]:
     """x + residual, and its rms_norm."""
-    return _AddRMSNorm.apply(x, residual, gain, eps)[:2]
+    return apply(_AddRMSNorm, x, residual, gain, eps)[:2]

@@ -3,7 +3,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels import ascend, reference
-from ops.define import define, in_front
+from ops.define import apply, define, in_front
 
 swiglu_fwd = define(
     "swiglu_fwd(Tensor gate, Tensor up) -> Tensor",
@@ -39,4 +39,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Float[Tensor, "... F"], up: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
     """silu(gate) * up."""
-    return _SwiGLU.apply(gate, up)
+    return apply(_SwiGLU, gate, up)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import ops
 
-ROWS = [(), (1,), (1, 1), (2,), (3, 1), (4,), (2, 5), (32,), (33,), (0,)]
+ROWS = [(), (1,), (1, 1), (2,), (3, 1), (4,), (2, 5), (0,)]
 
 
 def random(*shape, dtype=torch.float64):
