@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lumina_fn import vq
 from lumina_fn.config import MOVQGAN_67M, MOVQGAN_102M, MOVQGAN_270M, VQConfig
+from ops import conv
 
 GOLDENS = Path(__file__).parent / "goldens" / "movqgan"
 M1 = VQConfig(channels=32, multipliers=(1, 2, 2, 4), res_blocks=2, attn_levels=(3,), codes=256)
@@ -75,8 +76,12 @@ def load(name, cfg):
     ), tensors
 
 
+@pytest.mark.parametrize("winograd", [False, True])  # as large pictures with many channels are convolved
 @pytest.mark.parametrize(("name", "cfg", "case"), CASES)
-def test_golden(name, cfg, case):
+def test_golden(name, cfg, case, winograd, monkeypatch):
+    if winograd:
+        monkeypatch.setattr(conv, "WIDE", 1)
+        monkeypatch.setattr(conv, "LARGE", 0)
     params, tensors = load(name, cfg)
     golden = lambda key: tensors[f"{case}.{key}"]
     image = golden("image")
