@@ -202,6 +202,7 @@ def among(ids: Sequence[int], size: int, device: torch.device) -> Tensor:
     return found
 
 
+PART = 512  # rows of the unembedding that a chunk meets at once on a CPU: 186 of 190 GFLOP/s, all of them 127
 CHUNK = 512  # rows of logits held at once: 0.88 of the sgemm ceiling at V = 171385 and 351 MB
 
 
@@ -225,7 +226,7 @@ def linear_cross_entropy_pass(
         rows = slice(start, min(start + CHUNK, N))
         xs, kept = x[..., rows, :], target[..., rows] >= 0
         column = target[..., rows].clamp(min=0)[..., None]
-        logits = wide(torch.matmul(xs, weight.mT, out=buffer[..., : xs.shape[-2], :]))
+        logits = wide(_logits(xs, weight, buffer[..., : xs.shape[-2], :]))
         if masked:
             logits.masked_fill_(hidden, torch.finfo(torch.float32).min)
         hit, top = logits.gather(-1, column)[..., 0], logits.amax(-1)
@@ -243,6 +244,15 @@ def linear_cross_entropy_pass(
         else:
             dweight += p.mT @ scaled
     return ce / count, z / count, dx, dweight.to(weight.dtype)
+
+
+def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x @ weight.T, in out. A CPU is given the vocabulary in parts: over all of it at once its product reaches two thirds of its peak."""
+    if x.device.type != "cpu" or x.ndim > 2:
+        return torch.matmul(x, weight.mT, out=out)
+    for rows, columns in zip(weight.split(PART), out.split(PART, 1), strict=True):
+        torch.mm(x, rows.t(), out=columns)
+    return out
 
 
 def adamw_of_leaf(
