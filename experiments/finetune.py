@@ -9,201 +9,43 @@ trains on its share of every batch and keeps its part of the model; experiments/
 Without arguments this is the embedded default: the fine-tune of `make demo`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.utils._pytree as pytree
-
-from experiments import checks, distributed, feature_folders, profiling, resuming, run_folder, settings
-from experiments.distributed import ALONE, World
+from experiments import settings
 from experiments.finetune_settings import Settings
-from experiments.metrics import Log
-from experiments.resuming import Checkpoints
-from lumina_fn import batches, checkpoint, errors, files, model, optim, prefetch, train
-from lumina_fn.config import ModelConfig
-from lumina_fn.manifest import CHECKPOINTS, ORIGIN
-from lumina_fn.mixing import Mixture
-from lumina_fn.sharding import Mesh
-from lumina_fn.train import TrainState
+from lumina_fn import errors
 
-STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
-REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
+if TYPE_CHECKING:
+    from experiments.distributed import World
 
 
-def main(argv: Sequence[str] | None = None, world: World = ALONE) -> int:
+def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
+    """Returns the exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = settings.parse(Settings, __doc__, argv)
-    checks.flags(run)
-    device = settings.checked_device(run, world.device, world.say)
-    run = replace(run, compile=checks.compiling(run.compile, device))
-    compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    mesh = _mesh(run, world, device, compute)
-    checks.shares(run, world, device, _micro_batch(run, world))
-    out = files.place(run.out, [run.model, *(one.folder for one in feature_folders.named(run.features))])
-    # What an earlier attempt of this launch left in OUT is its own, and is continued.
-    resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
-    if world.rank == 0:
-        run_folder.check(out, resume, overwrite)  # for its errors: loading a large model takes minutes
-    world.barrier()
-    features = feature_folders.opened(run.features)
-    # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
-    cfg = checkpoint.read_config(run.model)
-    cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
-    checks.features(run, world, features, cfg)
-    stored = checkpoint.stored_dtype(run.model)
-    about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
-    with run_folder.held(out, resume, overwrite) if world.rank == 0 else nullcontext(False) as afresh:
-        if afresh:
-            world.remember(f"made {out}")
-        start = world.total(resuming.starting_step(out / CHECKPOINTS, resume) if world.rank == 0 else 0)
-        if start >= run.steps and run_folder.is_finished(out, start):
-            print(f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on")
-            return 0
-        state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
-        if world.rank == 0:
-            world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
-        kept = Checkpoints(
-            out / CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
-        )
-        state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
-        if stopped is not None:
-            world.say(
-                resuming.farewell(argv, stopped, int(state.step), saved=run.save_every > 0, alone=world.ending is None)
-            )
-            return 128 + stopped
-        broken = int(state.streak) >= STREAK
-        folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
-        checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
-        if world.rank == 0 and not broken:
-            run_folder.finish(out, int(state.step))
-    if broken:
-        world.say(
-            f"error: the last {int(state.streak)} steps had no finite loss and gradient; the parameters before them are in "
-            f"{folder}: try a smaller --lr, or --dtype float32"
-        )
-        return 1
-    print(f"{int(state.step)} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
-    return 0
+    # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait.
+    from experiments import distributed, finetuning
+
+    return finetuning.main(run, argv, world or distributed.ALONE)
 
 
-def _state(
-    run: Settings, world: World, mesh: Mesh | None, cfg: ModelConfig, device: torch.device, compute: torch.dtype, out: Path,
-    start: int, about: dict,
-) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
-    """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
-    if start:
-        like = model.init(cfg, device="meta")
-        check = lambda meta: resuming.check(meta, about, out, run.features)
-        state, meta = checkpoint.restore(out / CHECKPOINTS, start, mesh, device=device, like=like, check=check)
-        world.say(f"going on after step {start}")
-    else:
-        masters = torch.promote_types(compute, torch.float32)
-        if mesh is None:
-            params, _ = checkpoint.load_model(run.model, device, masters)
-        else:
-            params, _ = checkpoint.load_parts(run.model, mesh, masters)
-        state, meta = train.init_state(params, _optimizer(run), mesh), {"totals": {}}
-    world.barrier()
-    if world.rank == 0:
-        resuming.cut_back(out, start, world)
-        if not start:
-            checkpoint.save_heritage(out / ORIGIN, run.model)
-    world.barrier()
-    return state, meta["totals"]
-
-
-def finetune(
-    run: Settings, world: World, mesh: Mesh | None, state: TrainState, kept: Checkpoints, cfg: ModelConfig,
-    features: Mixture, device: torch.device, compute: torch.dtype,
-) -> tuple[TrainState, int | None]:  # fmt: skip
-    """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
-    make_step = lambda noise: train.make_train_step(
-        cfg, _optimizer(run), mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
-        remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
-        donate=True, sync=run.sync, noise=noise,
-    )  # fmt: skip
-    step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
-    steps = range(int(state.step), run.steps)
-    stream = batches.training_batches(
-        features, steps, batch=run.batch, micro_batch=_micro_batch(run, world), max_positions=cfg.max_positions,
-        seed=run.seed, caption_drop=run.caption_drop, last=run.last, order=run.order, pack=run.pack, rank=world.rank,
-        size=world.size,
-    )  # fmt: skip
-    to_device = lambda x: x.to(device, non_blocking=True)
-    tokens, stopped = 0, None
-    log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()
-    ready = prefetch.ahead(prefetch.pinned(share, device) for share in stream)
-    profile = profiling.Profile(run.out / run_folder.PROFILE, steps, run.profile if world.rank == 0 else 0, world.say)
-    with log, world.stopping() as stop, ready as shares, profile:
-        for n, share in enumerate(shares, steps.start + 1):
-            if stop.before(n):
-                stopped = stop.number
-                kept.save(n - 1, state)
-                break
-            noisy = run.noise_scale_every and n % run.noise_scale_every == 0
-            profile.before(n)
-            state, metrics = (noisy_step if noisy else step)(state, pytree.tree_map(to_device, share.batch))
-            tokens += share.tokens
-            if world.rank == 0:
-                log.advance()
-            if noisy or n % run.log_every == 0 or n == run.steps:  # the only place that waits for the device
-                values = {name: value.item() for name, value in metrics.items()}
-                tokens, trained = 0, world.total(tokens)
-                if world.rank == 0:
-                    kept.totals = log.write(n, values, trained)
-                if values["streak"] >= STREAK:
-                    break
-            kept.save_if_due(n, state)
-        kept.wait()
-    return state, stopped
-
-
-def _embedded_default(world: World) -> list[str]:
+def _embedded_default(world: "World | None") -> list[str]:
     """Arguments for the fine-tune of `make demo`, whose model and features are written first."""
     from experiments.demo import tasks
 
-    if world.rank == 0:
+    if world is None or world.rank == 0:
         tasks.finetune_arguments()
-    world.barrier()
+    if world is not None:
+        world.barrier()
     return tasks.finetune_flags()
 
 
-def _optimizer(run: Settings) -> train.AdamW:
-    rate = (
-        optim.cosine(run.lr, run.warmup, run.steps) if run.schedule == "cosine" else optim.constant(run.lr, run.warmup)
-    )
-    return train.AdamW(rate, decay=run.weight_decay, clip=run.clip)
-
-
-def _exchanged(run: Settings, compute: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """What parameters are gathered in, and gradients summed in."""
-    return _dtype(run.param_dtype, compute), _dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32))
-
-
-def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtype) -> Mesh | None:
-    param_dtype, reduce_dtype = _exchanged(run, compute)
-    return distributed.mesh(
-        world, device, strategy=run.strategy, shard_size=run.shard_size, param_dtype=param_dtype, reduce_dtype=reduce_dtype,
-        forward_prefetch=run.forward_prefetch, backward_prefetch=run.backward_prefetch,
-    )  # fmt: skip
-
-
-def _micro_batch(run: Settings, world: World) -> int:
-    """Samples of a micro batch: no more than a process's share."""
-    return min(run.micro_batch, -(-run.batch // world.size))
-
-
-def _parameters(cfg: ModelConfig) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(model.init(cfg, device="meta")))
-
-
-def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
-    return auto if name == "auto" else getattr(torch, name)
-
-
 if __name__ == "__main__":
-    distributed.run(main)
+    if "RANK" in os.environ:  # torchrun's
+        from experiments import distributed
+
+        distributed.run(main)
+    errors.run(main)

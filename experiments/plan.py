@@ -16,7 +16,7 @@ import torch
 
 from experiments import devices, plan_report, roofline, settings
 from experiments.devices import CPU, DEVICES, Device
-from experiments.finetune import REMAT_FROM
+from experiments.finetuning import REMAT_FROM
 from experiments.plan_report import MOST, USABLE, Plan
 from lumina_fn import batches, cost, errors, footprint, hf_config, sources, vocab
 from lumina_fn.config import LUMINA_7B, ModelConfig

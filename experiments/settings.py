@@ -7,13 +7,25 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import torch
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from experiments import ascend_env
 from lumina_fn import errors
 from lumina_fn.errors import InputError
+
+if TYPE_CHECKING:  # it takes seconds to load, and is loaded where a device is asked for
+    import torch
 
 S = TypeVar("S")
 POSITIONAL = object()  # `Annotated[Path, "help", POSITIONAL]`: named by its place, not by a flag
@@ -78,14 +90,18 @@ def _values(hint: Any) -> dict[str, Any]:
 
 def kind(name: str) -> str:
     """The kind of device that this name asks for; `auto`: the first of DEVICES that is available."""
+    import torch
+
     if name != "auto":
         return name.partition(":")[0]
     # torch has a module for each kind that it can drive; torch.npu comes with torch_npu.
     return next(found for found in DEVICES if hasattr(torch, found) and getattr(torch, found).is_available())
 
 
-def device(name: str) -> torch.device:
+def device(name: str) -> "torch.device":
     """The device of that name; `auto` is an NPU if there is one, else a GPU, else the CPU. Raises InputError."""
+    import torch
+
     try:
         found = torch.device(kind(name) if name == "auto" else name)
         if found.type == "meta":
@@ -101,6 +117,8 @@ def device(name: str) -> torch.device:
 
 def _npu_is_missing() -> str | None:
     """What to do so that torch finds an NPU."""
+    import torch
+
     source = "source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh) in this shell"
     if importlib.util.find_spec("torch_npu") is None:
         return f"torch_npu is not installed: pip install -e '.[npu]', and {source}"
@@ -112,8 +130,8 @@ def _npu_is_missing() -> str | None:
 
 
 def checked_device(
-    run: Any, choose: Callable[[str], torch.device] = device, say: Callable[[str], None] | None = None
-) -> torch.device:
+    run: Any, choose: Callable[[str], "torch.device"] = device, say: Callable[[str], None] | None = None
+) -> "torch.device":
     """What `choose` finds for run.device. Where that is an NPU its environment is checked before, and then said."""
     say = say or (lambda line: print(errors.printable(line), file=sys.stderr))
     if kind(run.device) != "npu":

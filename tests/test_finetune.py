@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 
-from experiments import finetune
+from experiments import finetune, finetuning
 from lumina_fn import checkpoint, convert, data, errors, prompt, sources, train
 from tests import folders
 from tests.small_run import CODES, write_features, write_lm
@@ -159,7 +159,7 @@ def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
 def test_from_a_size_on_remat_is_the_default(call, monkeypatch, lm, above, flags, expected):
     params, _ = checkpoint.load_model(lm)
     size = sum(leaf.numel() for leaf in pytree.tree_leaves(params))
-    monkeypatch.setattr(finetune, "REMAT_FROM", size + above)
+    monkeypatch.setattr(finetuning, "REMAT_FROM", size + above)
     given, make = [], train.make_train_step
     monkeypatch.setattr(train, "make_train_step", lambda *args, **kw: given.append(kw["remat"]) or make(*args, **kw))
     assert call("--steps", 1, *flags)[0] == 0
