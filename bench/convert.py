@@ -90,7 +90,9 @@ def rows(quick: bool) -> Iterator[Row]:
     speed = ratio(copied, took)
     yield row(
         "convert_7b", "throughput of a conversion that forces its files onto the disk, ours / cp, which does not",
-        {"wall_ratio": ">= 0.6", "anonymous_peak_gb": "<= 1.5", "bitwise_equal": ">= 1"}, wall=speed.median,
+        # A small folder stays in the page cache, where cp takes no time: nothing is asked of the quick ratio.
+        {"anonymous_peak_gb": "<= 1.5", "bitwise_equal": ">= 1"} | ({} if quick else {"wall_ratio": ">= 0.6"}),
+        wall=speed.median,
         measured={
             "wall_spread": speed[1:], "parameters_b": cost.parameters(replace(LUMINA_7B, layers=layers)) / 1e9,
             "seconds_to": dict(zip(("native", "mindspeed", "hf"), took, strict=True)), "cp_s": copied,

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from bench import peers
 from bench.ceilings import FLOPS, SIDE, sgemm
-from bench.harness import GB, Bench, Row, Runs, in_turn, row, speed_row, timed, working
+from bench.harness import GB, Bench, Row, Runs, in_turn, row, speed_row, working
+from bench.step import of_first_step
+from experiments import processes
 from lumina_fn import cost, footprint, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.cost import Setup
@@ -93,12 +95,12 @@ def flops(cfg: ModelConfig, tokens: int) -> int:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    yield from training_rows(1024, {"cpu_ratio": ">= 1.4", "wall_ratio": ">= 1.45"}, None, 1 if quick else 5)
+    yield from training_rows(1024, {"cpu_ratio": ">= 1.4", "wall_ratio": ">= 1.45"}, None, 2 if quick else 5)
     if quick:
         return
     yield from training_rows(
         2048, {"cpu_ratio": ">= 1.4", "wall_ratio": ">= 1.45", "rss_ratio": "<= 0.42"},
-        {"cpu_ratio": ">= 1.1", "wall_ratio": ">= 1.1", "rss_ratio": "<= 0.37"}, 5,
+        {"cpu_ratio": ">= 1.1", "wall_ratio": ">= 1.1", "rss_ratio": "<= 0.37"}, 3,
     )  # fmt: skip
     yield from step_rows(2048, 5)
     yield growth_row()
@@ -151,14 +153,14 @@ def growth_row() -> Row:
     for tokens in (512, 1024, 2048, 4096, 8192):
         with working((ours, CFG, tokens, False)) as [worker]:
             worker.check()
-            per_token[str(tokens)] = min(worker.run().wall for _ in range(2)) / tokens * 1e3
+            per_token[str(tokens)] = worker.run().wall / tokens * 1e3
     tokens, small = 2048, replace(CFG, vocab=CFG.vocab // 8)
     for cfg in (small, CFG):
         with working((ours, cfg, tokens, False)) as [worker]:
             worker.check()
             more[cfg.vocab] = worker.peak() - 2 * 4 * cost.parameters(cfg)  # beside parameters and gradients
     logits = 4 * tokens * (CFG.vocab - small.vocab)
-    few, many = (first_step(layers) for layers in (4, 32))
+    few, many = (processes.run(1, of_first_step, layers)[0] for layers in (4, 32))
     return row(
         "growth", "the first step's time, 32 layers / 4", {"wall_ratio": "<= 1.3", "of_logits": "<= 0.5"}, wall=many / few,
         measured={
@@ -167,22 +169,3 @@ def growth_row() -> Row:
             "of_logits": (more[CFG.vocab] - more[small.vocab]) / logits,
         },
     )  # fmt: skip
-
-
-def first_step(layers: int) -> float:
-    """Seconds of the first step of a small model, compiling included, with nothing compiled before."""
-    with working((fresh_step, layers)) as [worker]:
-        return worker.check()[0]
-
-
-def fresh_step(layers: int) -> Bench:
-    from torch._inductor import config as inductor_config
-
-    cfg = ModelConfig(vocab=8192, width=256, hidden=704, heads=4, kv_heads=4, layers=layers)
-    bench = step(cfg, 128, False)
-
-    def check() -> list[float]:
-        with inductor_config.patch(force_disable_caches=True):
-            return [timed(bench.run).wall]
-
-    return Bench(check, bench.run)

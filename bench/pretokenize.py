@@ -20,11 +20,12 @@ from PIL import Image
 
 from experiments import claims, pretokenize, settings
 from experiments.claims import Shard
+from experiments.demo import tasks
 from experiments.encoding import encode_shards
 from lumina_fn import errors, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
 
-MODEL = Path(__file__).parent / "demo/assets/lm"
+MODEL = tasks.LM
 CFG = VQConfig(channels=32)
 
 
