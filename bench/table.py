@@ -23,7 +23,7 @@ def markdown(results: Result) -> str:
         f"{ceilings['sgemm_gflops_2']} GFLOP/s, copying {ceilings['copy_gb_s_1']} and {ceilings['copy_gb_s_2']} GB/s, reading "
         f"{ceilings['read_gb_s_1']} and {ceilings['read_gb_s_2']} GB/s.",
         "",
-        "| row | CPU time | wall time | peak memory | beside it | asked | met |",
+        "| row | CPU time | wall time | peak memory | beside it (ours / theirs) | asked | met |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
@@ -48,17 +48,25 @@ def _ratio(row: Result, name: str) -> str:
 
 
 def _others(row: Result) -> str:
-    """What was measured beside the ratios."""
-    return ", ".join(
-        f"{_plain(key)} {_value(value)}" for key, value in row["measured"].items() if not key.endswith("_spread")
-    )
+    """What was measured beside the ratios; what both sides took as `ours / theirs`."""
+    told = []
+    for key, value in row["measured"].items():
+        twin = f"their_{key.removeprefix('our_')}"
+        if key.startswith("our_") and twin in row["measured"]:
+            told.append(f"{_plain(key.removeprefix('our_'))} {_value(value)} / {_value(row['measured'][twin])}")
+        elif not key.startswith("their_") and not key.endswith("_spread"):
+            told.append(f"{_plain(key)} {_value(value)}")
+    return ", ".join(told)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"({', '.join(f'{_plain(key)}: {_value(item)}' for key, item in value.items())})"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return f"({', '.join(map(_value, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _plain(key: str) -> str:
+    """A key's words, its unit set apart: our_wall_s is `our wall s`."""
     return key.replace("_", " ")
