@@ -22,12 +22,13 @@ def load() -> tuple[ModuleType, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Its threads raise to who waits for them, and three times more to the terminal, with pages of traceback.
+    """Its threads raise to who waits for them, and four times more to the terminal, with pages of traceback.
 
     After an error that stays shut: what was still being written fails later.
     """
-    raised, unraisable, log = threading.excepthook, sys.unraisablehook, logging.getLogger("absl")
-    level = log.level
+    raised, unraisable = threading.excepthook, sys.unraisablehook
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]  # the second: of tasks that nobody waited for
+    levels = [log.level for log in logs]
 
     def of_thread(error: Any) -> None:
         if not type(error.thread).__module__.startswith("orbax."):
@@ -38,7 +39,9 @@ def quiet() -> Iterator[None]:
             unraisable(error)
 
     threading.excepthook, sys.unraisablehook = of_thread, of_callback
-    log.setLevel(logging.CRITICAL)
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     yield
     threading.excepthook, sys.unraisablehook = raised, unraisable
-    log.setLevel(level)
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)

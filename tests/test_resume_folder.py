@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from experiments import finetune as command
-from experiments import resuming, run_folder
+from experiments import finetuning, resuming, run_folder
 from experiments.distributed import World
 from lumina_fn import checkpoint, convert, manifest, model, saved_state
 from lumina_fn.errors import InputError
@@ -86,7 +86,7 @@ def test_another_run_is_told_before_its_arrays_are_read(inputs, run, monkeypatch
 @SLOW
 def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, tmp_path, monkeypatch, capsys):
     """A run that is started while the one before it ends: what there is to go on from is known only under the lock."""
-    out, features = tmp_path / "run", command.checks.features
+    out, features = tmp_path / "run", finetuning.checks.features
     out.mkdir()
     shutil.copy(trained / "metrics.jsonl", out)
     assert run_folder.check(out, "auto", overwrite=False)
@@ -95,7 +95,7 @@ def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, 
         shutil.copytree(trained / "checkpoints/3", out / "checkpoints/3")
         features(*args)
 
-    monkeypatch.setattr(command.checks, "features", meanwhile)
+    monkeypatch.setattr(finetuning.checks, "features", meanwhile)
     flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 4, "--save-every", 6]
     assert command.main([*map(str, flags)]) == 0
     assert "going on after step 3" in capsys.readouterr().err
