@@ -28,6 +28,7 @@ def dying() -> Bench:
     return Bench(lambda: [torch._C._abort()], lambda: None)
 
 
+@pytest.mark.slow
 def test_sides_run_in_turn_in_processes_of_their_own():
     found = harness.in_turn({"slow": (adding, 0.2, 3.0), "fast": (adding, 0.1, 3.0)}, 3)
     assert [len(runs.samples) for runs in found.values()] == [3, 3]
@@ -37,11 +38,13 @@ def test_sides_run_in_turn_in_processes_of_their_own():
     assert all(10e6 < runs.imported <= runs.peak for runs in found.values())
 
 
+@pytest.mark.slow
 def test_sides_that_compute_something_else_are_not_timed():
     with pytest.raises(RuntimeError, match=r"fast is 3\.3e-02 from slow, expected at most 1e-04"):
         harness.in_turn({"slow": (adding, 9.0, 3.0), "fast": (adding, 9.0, 3.1)}, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "said"), [(broken, "nothing to run"), (dying, "a side's process ended with -6")])
 def test_a_side_that_fails_says_why(side, said):
     with pytest.raises(RuntimeError, match=said):
@@ -68,6 +71,7 @@ def test_bounds(value, bound, fine):
     assert harness.holds(value, bound) == fine
 
 
+@pytest.mark.slow
 def test_our_side_of_the_language_rows_is_the_gradient_of_the_loss():
     from lumina_fn import model, train
 

@@ -112,6 +112,7 @@ def test_same_seed_same_model(call, tmp_path, flags):
     assert any((a[key] - c[key]).abs().max() > 1e-4 for key in a)
 
 
+@pytest.mark.slow
 def test_a_profile_shows_the_steps_that_were_asked_for_and_changes_nothing(call, tmp_path):
     flags = ("--steps", 6, "--batch", 4, "--last", "drop", "--log-every", 1, "--lr", 1e-2)
     assert call(*flags, out=tmp_path / "plain")[0] == 0
