@@ -84,6 +84,7 @@ def by_vmap(wrap):
 # Gradients of f(*args) by the arguments `every`.
 WAYS = {
     "grad": lambda f, every, args: grad(f, every)(*args),
+    "grad in no_grad": lambda f, every, args: torch.no_grad()(grad(f, every))(*args),
     "vmap": by_vmap(lambda gradients: gradients),
     "remat": lambda f, every, args: grad(remat(lambda *xs: f(*xs, *args[len(every) :])), every)(*args[: len(every)]),
     "make_fx": lambda f, every, args: make_fx(grad(f, every), tracing_mode="fake")(*args)(*args),
