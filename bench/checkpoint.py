@@ -159,7 +159,7 @@ def rows(quick: bool) -> Iterator[Row]:
             "blocked_share": share.median, "blocked_spread": share[1:], "state_gb": state / GB, **others, "restoring": readers,
             "differing": sum(map(sum, (took[2] for took in read.values()))),
             # Saving may hold a rank's copy of the state and a unit, restoring a unit.
-            "peak_of_allowed": max(above) / (state / RANKS + unit + SLACK),
-            "restoring_peak_of_allowed": max(read["ours"][1]) / (unit + SLACK),
+            "peak_of_allowed": statistics.median(above) / (state / RANKS + unit + SLACK),
+            "restoring_peak_of_allowed": statistics.median(read["ours"][1]) / (unit + SLACK),
         },
     )  # fmt: skip

@@ -74,6 +74,8 @@ class Worker:
         return answer
 
     def end(self) -> None:
+        self._pipe.close()  # one that waits ends by itself, and leaves nothing behind
+        self._process.join(10)
         self._process.kill()
         self._process.join()
 
