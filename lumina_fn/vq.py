@@ -108,8 +108,13 @@ def spatial_norm(
 
 
 def res(p: Res, x: Float[Tensor, "B C H W"], norm: Normalize) -> Float[Tensor, "B O H W"]:
-    y = conv(p.conv1, F.silu(norm(p.norm1, x)))
-    y = conv(p.conv2, F.silu(norm(p.norm2, y)))
+    # One name for each that follows from the last: of a large picture no more than three are held.
+    y = norm(p.norm1, x)
+    y = F.silu(y)
+    y = conv(p.conv1, y)
+    y = norm(p.norm2, y)
+    y = F.silu(y)
+    y = conv(p.conv2, y)
     for shortcut in p.shortcut:
         x = conv(shortcut, x)
     return x + y
