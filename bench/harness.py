@@ -19,7 +19,7 @@ import torch
 from experiments import processes
 
 THREADS = 2
-GB, MB = 1e9, 1e6
+GB = 1e9
 CLOSE = 1e-4  # how far two sides' results may be apart, relative to the largest of them
 
 
@@ -47,7 +47,7 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, threads, side, args))
         self._process.start()
         theirs.close()
-        self.imported, self.making = self._answer()  # bytes before anything is made; seconds until all is
+        self.imported = self._answer()  # bytes before anything is made
 
     def check(self) -> Sequence[float]:
         return self._ask("check")
@@ -83,9 +83,9 @@ class Worker:
 def _serve(pipe: Connection, threads: int, side: Side, args: tuple) -> None:
     torch.set_num_threads(threads)
     try:
-        imported, begin = processes.resident(), time.perf_counter()
+        imported = processes.resident()
         bench = side(*args)
-        pipe.send((True, (imported, time.perf_counter() - begin)))
+        pipe.send((True, imported))
         answers = {"check": lambda: list(bench.check()), "run": lambda: timed(bench.run), "peak": processes.peak}
         while True:
             pipe.send((True, answers[pipe.recv()]()))
@@ -130,14 +130,14 @@ class Runs(NamedTuple):
         return statistics.median(sample.cpu for sample in self.samples)
 
 
-def in_turn(sides: Mapping[str, tuple], pairs: int, close: float = CLOSE) -> dict[str, Runs]:
+def in_turn(sides: Mapping[str, tuple], pairs: int) -> dict[str, Runs]:
     """Each side's `pairs` runs, one of each in turn, once all have computed the same. Raises RuntimeError where they have not."""
     with working(*sides.values()) as workers:
         results = [torch.tensor(worker.check(), dtype=torch.float64) for worker in workers]
         for name, result in zip(sides, results, strict=True):
             apart = (result - results[0]).abs().max() / results[0].abs().max()
-            if not apart <= close:
-                raise RuntimeError(f"{name} is {apart:.1e} from {next(iter(sides))}, expected at most {close:.0e}")
+            if not apart <= CLOSE:
+                raise RuntimeError(f"{name} is {apart:.1e} from {next(iter(sides))}, expected at most {CLOSE:.0e}")
         rounds = []
         for turn in range(pairs):  # who comes first changes from round to round
             order = [(turn + k) % len(workers) for k in range(len(workers))]
@@ -204,15 +204,19 @@ def speed_row(
     name: str, target: Mapping[str, str], ours: Runs, theirs: Runs, *, measured: Mapping[str, Any], limit: str = ""
 ) -> Row:
     """How many times as fast ours is (above 1: faster), and its share of their memory."""
-    wall, cpu = (
-        ratio([getattr(s, of) for s in theirs.samples], [getattr(s, of) for s in ours.samples]) for of in Sample._fields
-    )
+    wall, cpu = speeds(ours, theirs)
     return row(
         name, "speed, ours / theirs; peak memory, ours / theirs", target,
         cpu=cpu.median, wall=wall.median, rss=ours.peak / theirs.peak,
         measured={"cpu_spread": cpu[1:], "wall_spread": wall[1:], "pairs": len(ours.samples), **sides_of(ours, theirs), **measured},
         limit=limit,
     )  # fmt: skip
+
+
+def speeds(ours: Runs, theirs: Runs) -> list[Ratio]:
+    """How many times as fast ours is, by wall and by CPU time."""
+    of = lambda runs: zip(*runs.samples, strict=True)
+    return [ratio(*seconds) for seconds in zip(of(theirs), of(ours), strict=True)]
 
 
 def sides_of(ours: Runs, theirs: Runs) -> dict[str, float]:

@@ -44,11 +44,8 @@ def ours(cfg: ModelConfig, tokens: int, remat: bool) -> Bench:
     return Bench(check, run)
 
 
-def theirs(cfg: ModelConfig, tokens: int, remat: bool = False) -> Bench:
+def theirs(cfg: ModelConfig, tokens: int) -> Bench:
     module = peers.chameleon(model.init(cfg), cfg)
-    if remat:
-        module.gradient_checkpointing_enable()
-        module.train()
     ids = batch_of(cfg, tokens).tokens
 
     def run() -> torch.Tensor:
@@ -76,9 +73,9 @@ def _told(loss: torch.Tensor, *grads: torch.Tensor) -> list[float]:
     return told
 
 
-def step(cfg: ModelConfig, tokens: int, remat: bool) -> Bench:
+def step(cfg: ModelConfig, tokens: int) -> Bench:
     """The whole step, its state written over."""
-    run_step = train.make_train_step(cfg, train.AdamW(), compile="blocks", remat=remat, donate=True)
+    run_step = train.make_train_step(cfg, train.AdamW(), compile="blocks", donate=True)
     state, batch = train.init_state(model.init(cfg), train.AdamW()), batch_of(cfg, tokens)
 
     def run() -> float:
@@ -120,7 +117,7 @@ def training_rows(tokens: int, target: dict[str, str], of_remat: dict[str, str] 
 
 def step_rows(tokens: int, rounds: int) -> Iterator[Row]:
     """The whole step's memory against its state's, and its speed against a product's."""
-    with working((step, CFG, tokens, False), (sgemm,)) as (ours, ceiling):
+    with working((step, CFG, tokens), (sgemm,)) as (ours, ceiling):
         ours.check()
         ceiling.check()
         samples, products = zip(*((ours.run(), ceiling.run()) for _ in range(rounds)), strict=True)

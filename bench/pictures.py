@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bench import peers
-from bench.harness import Bench, Row, in_turn, ratio, speed_row
+from bench.harness import Bench, Row, Runs, in_turn, speed_row, speeds
 from lumina_fn import vq
 from lumina_fn.config import MOVQGAN_270M
 
@@ -63,18 +63,16 @@ def rows(quick: bool) -> Iterator[Row]:
             measured = {"pictures_per_s": 1 / one[0].wall}
             if side == 256 and not quick:  # at 512 px four take minutes
                 four = _compared(sides, side, 4, 1)
-                faster = lambda of, four=four: ratio(
-                    [getattr(s, of) for s in four[1].samples], [getattr(s, of) for s in four[0].samples]
-                )
+                wall, cpu = speeds(*four)
                 measured |= {
                     "four_at_once": {
-                        "pictures_per_s": 4 / four[0].wall, "cpu_ratio": faster("cpu").median,
-                        "wall_ratio": faster("wall").median, "rss_ratio": four[0].peak / four[1].peak,
+                        "pictures_per_s": 4 / four[0].wall, "cpu_ratio": cpu.median,
+                        "wall_ratio": wall.median, "rss_ratio": four[0].peak / four[1].peak,
                     }
                 }  # fmt: skip
-            yield speed_row(f"vq_{what}_{side}", target, *one, measured=measured, limit=LIMIT)
+            yield speed_row(f"vq_{what}_{side}", target, *one, measured=measured, limit=LIMIT if side == 512 else "")
 
 
-def _compared(sides: tuple, side: int, count: int, pairs: int):
+def _compared(sides: tuple, side: int, count: int, pairs: int) -> tuple[Runs, Runs]:
     found = in_turn(dict(zip(("ours", "theirs"), ((fn, side, count) for fn in sides), strict=True)), pairs)
     return found["ours"], found["theirs"]
