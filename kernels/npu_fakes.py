@@ -27,9 +27,14 @@ def declare() -> None:
 
 
 def declare_device() -> torch.device:
-    """Device npu for fake tensors, in a torch that has none. It stays for the life of the process."""
+    """Device npu for fake tensors, in a torch that has none. It stays for the life of the process.
+
+    Autograd then works in the thread that calls it: a thread of the device's own may still be letting go of Python objects when
+    the interpreter ends, and that aborts the process after its work is done.
+    """
     if torch._C._get_privateuse1_backend_name() != "npu":
         backend_registration._setup_privateuseone_for_python_backend("npu")
+        torch.autograd.set_multithreading_enabled(False)
     return torch.device("npu")
 
 

@@ -27,18 +27,21 @@ def test_other_layouts_are_refused(declared):
 
 
 def test_device_of_torch_alone():
-    """A renamed device by itself would abort the process under autograd."""
+    """A renamed device by itself would abort the process under autograd, and a thread of the device's own sometimes at its end."""
     program = """if True:
-        import ops, torch
+        import ops, threading, torch
         from torch._subclasses.fake_tensor import FakeTensorMode
         from kernels import npu_fakes
         npu_fakes.declare()
         with FakeTensorMode():
             x = torch.empty(2, 8, device=npu_fakes.declare_device(), requires_grad=True)
+            threads = []
+            x.register_hook(lambda _: threads.append(threading.current_thread()))
             y = torch.ops.npu.npu_swiglu(x.detach())
             (dx,) = torch.autograd.grad((x * x).sum(), x)
             grads = torch.func.vmap(torch.func.grad(lambda x: ops.swiglu(x, x).sum()))(torch.empty(3, 2, 8, device="npu"))
         assert x.device.type == y.device.type == dx.device.type == npu_fakes.declare_device().type == "npu"
+        assert threads == [threading.main_thread()]
         assert (grads.shape, grads.device.type) == ((3, 2, 8), "npu")
     """
     done = subprocess.run(
