@@ -4,7 +4,8 @@ Axes: B batch   C channels   H W pixels of whatever level   h w latent cells   N
 Encoder and decoder have one shape of tree; their norms differ and arrive as a callable, `norm(p, x)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -128,12 +129,12 @@ def attention(p: Attention, x: Float[Tensor, "B C H W"], norm: Normalize) -> Flo
     return x + conv(p.out, rearrange(y, "B 1 (H W) C -> B C H W", H=x.shape[-2]))
 
 
-def level(p: Level, x: Tensor, norm: Normalize) -> Tensor:
+def blocks(p: Level, norm: Normalize) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A level's blocks in order. Who applies them one by one holds a large picture no longer than its block does."""
     for i, block in enumerate(p.blocks):
-        x = res(block, x, norm)
+        yield partial(res, block, norm=norm)
         for attn in p.attentions[i : i + 1]:
-            x = attention(attn, x, norm)
-    return x
+            yield partial(attention, attn, norm=norm)
 
 
 def middle(p: Middle, x: Float[Tensor, "B C h w"], norm: Normalize) -> Float[Tensor, "B C h w"]:
@@ -144,7 +145,8 @@ def encoder(p: Coder, image: Float[Tensor, "B 3 H W"], cfg: VQConfig) -> Float[T
     norm = lambda n, x: group_norm(n, x, cfg.groups)
     x = conv(p.conv_in, image)
     for part in p.levels:
-        x = level(part, x, norm)
+        for block in blocks(part, norm):
+            x = block(x)
         for down in part.resample:
             x = conv(down, F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
     return conv(p.conv_out, F.silu(norm(p.norm_out, middle(p.middle, x, norm))))
@@ -156,7 +158,8 @@ def decoder(
     norm = lambda n, x: spatial_norm(n, x, zq, cfg.groups)
     x = middle(p.middle, conv(p.conv_in, z), norm)
     for part in reversed(p.levels):
-        x = level(part, x, norm)
+        for block in blocks(part, norm):
+            x = block(x)
         for up in part.resample:
             x = conv(up, F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return conv(p.conv_out, F.silu(norm(p.norm_out, x)))
