@@ -45,18 +45,6 @@ def flags(run: Any) -> None:
             )
 
 
-def compiling(wanted: str | None, device: torch.device) -> str:
-    """What is compiled on the device. InputError on an NPU, whose fused kernels run one by one: Inductor has no part in it."""
-    if device.type != "npu":
-        return wanted or "blocks"
-    if wanted in (None, "off"):
-        return "off"
-    raise InputError(
-        f"--compile {wanted}: an NPU runs its fused kernels one by one here; give --compile off, "
-        "or write the compiled step for its graph engine: python -m lumina_fn.export"
-    )
-
-
 def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> None:
     """InputError for a step that cannot be shared out as asked; what has no effect here is said."""
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):

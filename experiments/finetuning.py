@@ -28,7 +28,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     """The command, from its settings on; `argv` is what a stopped run is to be resumed with. Returns the exit code."""
     checks.flags(run)
     device = settings.checked_device(run, world.device, world.say)
-    run = replace(run, compile=checks.compiling(run.compile, device))
+    run = replace(run, compile=settings.compiling(run.compile, device))
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
     checks.shares(run, world, device, _micro_batch(run, world))

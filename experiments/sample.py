@@ -53,6 +53,10 @@ class Settings:
         Literal["auto", "float64", "float32", "bfloat16"], "of the model; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
     device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    compile: Annotated[
+        Literal["off", "blocks"],
+        "blocks: compile a block first, some seconds; pays for small models and many codes on a CPU",
+    ] = "off"
     env_check: EnvCheck = "error"
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
@@ -64,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(run, captions, tokenizer)
     files.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
     device = settings.checked_device(run)
+    compiled = settings.compiling(run.compile, device) == "blocks"
     dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
     with files.new_folder(run.out, run.overwrite) as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)
         ids = _drawable(run, vq_cfg, tokenizer.ids)
-        codes = draw(run, captions, replace(tokenizer, ids=ids), device, dtype)
+        codes = draw(run, captions, replace(tokenizer, ids=ids), device, dtype, compiled)
         count = write(folder, run, captions, codes, vq_params, vq_cfg)
     print(errors.printable(f"{count} {'picture' if count == 1 else 'pictures'}: {run.out}"))
 
@@ -96,7 +101,7 @@ def read_prompts(run: Settings) -> list[str]:
 
 
 def draw(
-    run: Settings, captions: list[str], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+    run: Settings, captions: list[str], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> Int[Tensor, "P n h w"]:
     params, cfg = checkpoint.load_model(run.model, device, dtype)
     cfg = replace(cfg, masked_ids=(), ids=tokenizer.ids)  # mask_image_logits is for text: pictures are drawn here
@@ -113,7 +118,7 @@ def draw(
             params, [prompt.prompt_ids(tokenizer, caption, run.width, run.height) for caption in captions], cfg,
             height=run.height, width=run.width, n=run.n, batch=run.batch, guidance=run.guidance,
             guidance_schedule=SCHEDULES[run.guidance_schedule], top_k=run.top_k, temperature=run.temperature,
-            min_p=run.min_p, seed=run.seed, tick=lambda pictures: progress.advance(task, pictures),
+            min_p=run.min_p, seed=run.seed, tick=lambda pictures: progress.advance(task, pictures), compile=compiled,
         )  # fmt: skip
 
 

@@ -143,3 +143,15 @@ def checked_device(
     for line in ascend_env.effective(os.environ):
         say(line)
     return found
+
+
+def compiling(wanted: str | None, device: "torch.device") -> str:
+    """What is compiled on the device. InputError on an NPU, whose fused kernels run one by one: Inductor has no part in it."""
+    if device.type != "npu":
+        return wanted or "blocks"
+    if wanted in (None, "off"):
+        return "off"
+    raise InputError(
+        f"--compile {wanted}: an NPU runs its fused kernels one by one here; give --compile off, "
+        "or write the compiled step for its graph engine: python -m lumina_fn.export"
+    )

@@ -5,19 +5,21 @@ blocks as one long row; only `attend` knows which belongs to whom. Caches are wr
 cost more than the attention that reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 import ops
 from lumina_fn.config import ModelConfig
-from lumina_fn.model import KV, Attend, Params, block, rope, unembed
+from lumina_fn.model import KV, Attend, Block, Params, block, rope, unembed
 
 Cache = tuple[KV, ...]  # one per layer; keys and values, each [B S G K]
+Layer = Callable[[Block, Tensor, Tensor, KV], tuple[Tensor, KV]]  # a block over a row of tokens x with their angles
 
 
 def empty_cache(params: Params, cfg: ModelConfig, rows: int, slots: int) -> Cache:
@@ -34,18 +36,29 @@ def prefill(
     lengths = [len(prompt) for prompt in prompts]
     ends = list(accumulate(lengths))
     positions = torch.cat([torch.arange(n, device=params.embed.device) for n in lengths])
-    x, _ = _blocks(params, torch.cat(list(prompts)), positions, cfg, _apart(lengths), cache)
+    x, _ = _blocks(params, torch.cat(list(prompts)), positions, cfg, _layer(cfg, _apart(lengths)), cache)
     return x[torch.tensor(ends, device=x.device) - 1, None]
 
 
 def extend(
-    params: Params, tokens: Int[Tensor, "B T"], lengths: Sequence[int], cache: Cache, cfg: ModelConfig
-) -> Float[Tensor, "B 1 D"]:
-    """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them."""
+    params: Params, tokens: Int[Tensor, "B T"], lengths: Sequence[int], cache: Cache, cfg: ModelConfig, *, compile: bool = False
+) -> Float[Tensor, "B 1 D"]:  # fmt: skip
+    """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them.
+
+    compile: tokens go one after another through a compiled block, the same for all layers and lengths.
+    """
     B, T = tokens.shape
+    if compile and T > 1:
+        for t, token in enumerate(tokens.split(1, 1)):
+            x = extend(params, token, [n + t for n in lengths], cache, cfg, compile=True)
+        return x
     positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-    attend = _over_cache(positions, max(lengths) + T, donate=True)
-    x, _ = _blocks(params, tokens.flatten(), positions.flatten(), cfg, attend, cache)
+    if compile:
+        seen = _seen(positions, cache[0][0].shape[1])
+        layer = lambda p, x, angles, kv: (_compiled(cfg)(p, x, angles, positions, seen, *kv), kv)
+    else:
+        layer = _layer(cfg, _over_cache(positions, _seen(positions, max(lengths) + T), donate=True))
+    x, _ = _blocks(params, tokens.flatten(), positions.flatten(), cfg, layer, cache)
     return x.view(B, T, -1)[:, -1:]
 
 
@@ -54,21 +67,37 @@ def step(
 ) -> tuple[Float[Tensor, "B V"], Cache]:
     """Logits after one more token in each row, which holds `lengths` already, and the new cache: a function of tensors, to export.
 
-    All slots are read, whatever the lengths: a shorter cache is a faster step.
+    A CPU reads no further than the last slot that is seen; elsewhere all slots are read, and a shorter cache is a faster step.
     """
-    attend = _over_cache(lengths[:, None], cache[0][0].shape[1], donate=False)
-    x, cache = _blocks(params, tokens, lengths, cfg, attend, cache)
+    positions = lengths[:, None]
+    layer = _layer(cfg, _over_cache(positions, _seen(positions, cache[0][0].shape[1]), donate=False))
+    x, cache = _blocks(params, tokens, lengths, cfg, layer, cache)
     return unembed(params.head, x[:, None], cfg)[:, 0], cache
 
 
 def _blocks(
-    params: Params, tokens: Tensor, positions: Tensor, cfg: ModelConfig, attend: Attend, cache: Cache
+    params: Params, tokens: Tensor, positions: Tensor, cfg: ModelConfig, layer: Layer, cache: Cache
 ) -> tuple[Float[Tensor, "N D"], Cache]:
     x, angles, new = F.embedding(tokens, params.embed)[None], rope(positions, cfg), []
     for p, kv in zip(params.blocks, cache, strict=True):
-        x, kv = block(p, x, angles, cfg, attend, kv)
+        x, kv = layer(p, x, angles, kv)
         new.append(kv)
     return x[0], tuple(new)
+
+
+def _layer(cfg: ModelConfig, attend: Attend) -> Layer:
+    return lambda p, x, angles, kv: block(p, x, angles, cfg, attend, kv)
+
+
+@lru_cache(maxsize=4)  # pictures of one model share what is compiled
+def _compiled(cfg: ModelConfig) -> Callable[..., Float[Tensor, "1 B D"]]:
+    """A block over one more token in each row; it is given the whole cache, so that its shapes stay while rows grow."""
+    from lumina_fn.transform import inductor, jit  # slow to import, and needed only here
+
+    def one_more(p, x, angles, positions, seen, *kv):
+        return block(p, x, angles, cfg, _over_cache(positions, seen, donate=True), kv)[0]
+
+    return jit(one_more, inductor, ops.REFERENCES)
 
 
 def _apart(lengths: list[int]) -> Attend:
@@ -84,17 +113,20 @@ def _apart(lengths: list[int]) -> Attend:
     return attend
 
 
-def _over_cache(positions: Int[Tensor, "B T"], slots: int, *, donate: bool) -> Attend:
-    """Each row's T tokens see that row's slots up to their own; the first `slots` slots are read."""
-    B, T = positions.shape
-    seen = torch.arange(slots, device=positions.device) <= positions[..., None]
-    rows = lambda x: x.view(B, T, *x.shape[2:])
+def _seen(positions: Int[Tensor, "B T"], slots: int) -> Bool[Tensor, "B T S"]:
+    """Each row's T tokens see that row's slots up to their own."""
+    return torch.arange(slots, device=positions.device) <= positions[..., None]
+
+
+def _over_cache(positions: Int[Tensor, "B T"], seen: Bool[Tensor, "B T S"], *, donate: bool) -> Attend:
+    """Each row's T tokens are kept in its slots `positions`, and see what `seen` says of the first S slots."""
+    rows = lambda x: x.view(*positions.shape, *x.shape[2:])
 
     def attend(q, k, v, cache):
         cache = tuple(
             ops.write_cache(kept, positions, rows(new), donate=donate) for kept, new in zip(cache, (k, v), strict=True)
         )
-        keys, values = (kept[:, :slots] for kept in cache)
+        keys, values = (kept[:, : seen.shape[-1]] for kept in cache)
         return ops.cached_attention(rows(q), keys, values, seen).view(q.shape), cache
 
     return attend

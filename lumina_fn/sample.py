@@ -117,16 +117,18 @@ def uniforms(seed: int, prompt: int, picture: int, count: int) -> Float[Tensor, 
 def generate(
     params: Params, prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, *, height: int, width: int, guidance: Number = 4.0,
     guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: Number = 1.0, min_p: Number = 0.0, seed: int = 0,
-    index: tuple[int, int] = (0, 0),
+    index: tuple[int, int] = (0, 0), compile: bool = False,
 ) -> Int[Tensor, "h w"]:  # fmt: skip
     """The codes of one picture of height x width pixels (multiples of 32), drawn after `[bos] enc(prompt + sep)`.
 
     The prompt may end in `start size(h) size(w)` of that size. Seed and index (of a prompt, of its picture) fix the random
-    numbers. Raises InputError for sizes, ids or settings that cannot be sampled.
+    numbers. compile: spend some seconds once, and then less on every code (decode.extend). Raises InputError for sizes, ids or
+    settings that cannot be sampled.
     """
     return generate_many(
         params, [prompt_ids], cfg, height=height, width=width, guidance=guidance, guidance_schedule=guidance_schedule,
         top_k=top_k, temperature=temperature, min_p=min_p, seed=seed, first=index,
+        compile=compile,
     )[0, 0]  # fmt: skip
 
 
@@ -135,6 +137,7 @@ def generate_many(
     params: Params, prompts: Sequence[Sequence[int] | Tensor], cfg: ModelConfig, *, height: int, width: int, n: int = 1,
     batch: int = 1, guidance: Number = 4.0, guidance_schedule: Schedule = constant, top_k: int = 4096, temperature: Number = 1.0,
     min_p: Number = 0.0, seed: int = 0, first: tuple[int, int] = (0, 0), tick: Callable[[int], None] = lambda pictures: None,
+    compile: bool = False,
 ) -> Int[Tensor, "P n h w"]:  # fmt: skip
     """n pictures of each prompt, `batch` at a time; `tick` hears after each code how many pictures got one.
 
@@ -157,11 +160,11 @@ def generate_many(
     for part in (jobs[a : a + batch] for a in range(0, len(jobs), batch)):
         random = torch.stack([uniforms(seed, first[0] + p, first[1] + i, h * (w + 1)) for p, i in part])
         guided = any(scale != 1.0 for scale in scales)
-        parts.append(_pictures(params, [ids[p] for p, _ in part], random, cfg, h, w, guided, choose, tick))
+        parts.append(_pictures(params, [ids[p] for p, _ in part], random, cfg, h, w, guided, choose, tick, compile))
     return torch.cat(parts).unflatten(0, (-1, n))
 
 
-def _pictures(params, prompts, random, cfg, h, w, guided, choose, tick) -> Int[Tensor, "B h w"]:
+def _pictures(params, prompts, random, cfg, h, w, guided, choose, tick, compile) -> Int[Tensor, "B h w"]:
     """One batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images from `start` on."""
     ids, B, device = cfg.ids, len(prompts), params.embed.device
     opening = torch.tensor(_opening(h, w, ids), device=device)
@@ -178,7 +181,8 @@ def _pictures(params, prompts, random, cfg, h, w, guided, choose, tick) -> Int[T
             token = torch.full((B,), ids.newline, device=device)
         else:
             if fresh:
-                x = decode.extend(params, torch.stack(fresh, 1).repeat(copies, 1), lengths, cache, cfg)
+                tokens = torch.stack(fresh, 1).repeat(copies, 1)
+                x = decode.extend(params, tokens, lengths, cache, cfg, compile=compile)
                 lengths, fresh = [n + len(fresh) for n in lengths], []
             # Only the codes' rows of the unembedding: a tenth of the released vocabulary, the same scores.
             head = Head(params.head.norm, params.head.unembed[may.start : may.stop])

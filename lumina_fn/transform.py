@@ -1,8 +1,9 @@
 """The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that is walked by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import optree
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -69,15 +70,17 @@ def keep_graph(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]
     return graph
 
 
-def jit(fn: Callable[..., Any], backend: Backend = keep_graph) -> Callable[..., Any]:
-    """fn, traced once per argument shapes to a flat graph that `backend` runs.
+def jit(
+    fn: Callable[..., Any], backend: Backend = keep_graph, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:  # fmt: skip
+    """fn, traced once per argument shapes to a flat graph that `backend` runs; `decompositions`: what ops are taken apart into.
 
     The trace comes first because torch.compile over torch.func.grad drops custom backwards without a word.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
 
     def wrapped(*args):
-        leaves, spec = pytree.tree_flatten(args)
+        leaves, spec = optree.tree_flatten(args, namespace="lumina")
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in leaves))
         if key not in graphs:
             # Fresh examples: a tensor that occurs twice among the arguments would be traced as one input.
@@ -86,13 +89,13 @@ def jit(fn: Callable[..., Any], backend: Backend = keep_graph) -> Callable[..., 
 
             def flat(*xs):
                 nonlocal out_spec
-                ys, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(xs, spec)))
+                ys, out_spec = optree.tree_flatten(fn(*optree.tree_unflatten(spec, xs)), namespace="lumina")
                 return ys
 
-            graph = make_fx(flat, tracing_mode="fake")(*examples)
+            graph = make_fx(flat, decomposition_table=decompositions, tracing_mode="fake")(*examples)
             graphs[key] = backend(graph, examples), out_spec
         graph, out_spec = graphs[key]
-        return pytree.tree_unflatten(graph(*leaves), out_spec)
+        return optree.tree_unflatten(out_spec, graph(*leaves))
 
     return wrapped
 

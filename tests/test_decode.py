@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lumina_fn import decode, model
+from lumina_fn import decode, model, transform
 from lumina_fn.config import ModelConfig
 
 CFG = ModelConfig(vocab=50, width=24, layers=2, heads=6, kv_heads=2, hidden=32, max_positions=64)
@@ -41,6 +41,38 @@ def test_cached_is_full(kv_heads, swin_norm):
         lengths = [n + step for n in lengths]
     for b, got in enumerate(logits(params, x, cfg)):
         torch.testing.assert_close(got, full[b][lengths[b] - 1], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("kv_heads", "swin_norm"), [(2, False), (6, True)])
+def test_compiled_is_eager_with_one_graph_for_all_layers_and_lengths(kv_heads, swin_norm, monkeypatch):
+    cfg = ModelConfig(**(CFG.__dict__ | {"kv_heads": kv_heads, "swin_norm": swin_norm}))
+    params, caches, compiled = scaled(cfg), [decode.empty_cache(scaled(cfg), cfg, 2, 12) for _ in range(2)], []
+    inductor = transform.inductor
+    monkeypatch.setattr(transform, "inductor", lambda *graph: compiled.append(graph) or inductor(*graph))
+    decode._compiled.cache_clear()
+    for cache in caches:
+        decode.prefill(params, [sequence(4, 0), sequence(2, 1)], cache, cfg)
+    lengths = [4, 2]
+    with torch.no_grad():
+        for step in (1, 2, 1):
+            tokens = torch.stack([sequence(step, 7 + step), sequence(step, 17 + step)])
+            eager = decode.extend(params, tokens, lengths, caches[0], cfg)
+            fast = decode.extend(params, tokens, lengths, caches[1], cfg, compile=True)
+            torch.testing.assert_close(fast, eager, atol=1e-11, rtol=1e-11)
+            lengths = [n + step for n in lengths]
+    torch.testing.assert_close(*caches, atol=1e-11, rtol=1e-11)
+    assert len(compiled) == 1
+
+
+def test_a_cpu_reads_no_slot_beyond_the_last_that_is_seen():
+    params, out = scaled(CFG), []
+    for slots in (6, 12):
+        cache = decode.empty_cache(params, CFG, 2, slots)
+        decode.prefill(params, [sequence(5, 0), sequence(2, 1)], cache, CFG)
+        for t in (t for kv in cache for t in kv):
+            t[:, 6:] = torch.nan  # a mask alone would carry it into every sum
+        out.append(decode.step(params, torch.tensor([1, 2]), torch.tensor([5, 2]), cache, CFG)[0])
+    torch.testing.assert_close(*out, atol=0, rtol=0)
 
 
 def test_a_row_does_not_see_its_neighbours_nor_what_a_slot_held_before():

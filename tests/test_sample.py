@@ -139,6 +139,13 @@ def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(param
     assert (codes[0, 0] != codes[0, 1]).any()
 
 
+def test_a_compiled_block_draws_the_same_pictures(params):
+    draw = lambda compile: sample.generate_many(
+        params, PROMPTS, CFG, height=32, width=64, batch=2, guidance=3.0, seed=4, compile=compile
+    )
+    assert torch.equal(draw(True), draw(False))
+
+
 def test_guidance_1_is_no_guidance_and_0_is_no_prompt(params):
     size = {"height": 32, "width": 32}
     one = lambda prompt, guidance, schedule: sample.generate(

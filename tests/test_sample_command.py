@@ -119,6 +119,13 @@ def test_the_same_seed_gives_the_same_files(call, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_a_compiled_block_changes_no_picture(call, tmp_path):
+    for out, compiled in (("a", "off"), ("b", "blocks")):
+        assert call("--prompt", "a cat", "--compile", compiled, out=tmp_path / out) == (0, [])
+    files = [(tmp_path / out / "0000_00.png").read_bytes() for out in "ab"]
+    assert files[0] == files[1]
+
+
 def test_the_reference_schedule_and_greedy(call, tmp_path):
     greedy = ("--prompt", "a cat", "--temperature", 0, "--top-k", 40)
     assert call(*greedy, "--guidance", 2, "--guidance-schedule", "reference", out=tmp_path / "a") == (0, [])
