@@ -56,19 +56,19 @@ def _some(x: torch.Tensor) -> list[float]:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    target = {"wall_ratio": ">= 1.08", "rss_ratio": "<= 0.8"}
+    """One picture at a time, and four at once, which quick leaves out."""
     for side, pairs in ((256, 1),) if quick else ((256, 2), (512, 1)):
         for what, sides in (("encode", (our_encoder, their_encoder)), ("decode", (our_decoder, their_decoder))):
             one = _compared(sides, side, 1, pairs)
+            target = {"wall_ratio": ">= 1.08", "rss_ratio": "<= 0.8"}
             measured = {"pictures_per_s": 1 / one[0].wall}
-            if side == 256 and not quick:  # at 512 px four take minutes
+            if not quick:
                 four = _compared(sides, side, 4, 1)
                 wall, cpu = speeds(*four)
+                target |= {"wall_ratio_of_4": ">= 1.08", "rss_ratio_of_4": "<= 0.8"}
                 measured |= {
-                    "four_at_once": {
-                        "pictures_per_s": 4 / four[0].wall, "cpu_ratio": cpu.median,
-                        "wall_ratio": wall.median, "rss_ratio": four[0].peak / four[1].peak,
-                    }
+                    "pictures_per_s_of_4": 4 / four[0].wall, "cpu_ratio_of_4": cpu.median, "wall_ratio_of_4": wall.median,
+                    "rss_ratio_of_4": four[0].peak / four[1].peak,
                 }  # fmt: skip
             yield speed_row(f"vq_{what}_{side}", target, *one, measured=measured, limit=LIMIT if side == 512 else "")
 
