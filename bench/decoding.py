@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from bench import ceilings, peers
-from bench.harness import Bench, Row, in_turn, speed_row, speeds
+from bench.harness import Bench, Row, anew, speed_row, speeds
 from bench.language import CFG
 from lumina_fn import cost, model, sample, vocab
 
@@ -75,7 +75,7 @@ def rows(quick: bool) -> Iterator[Row]:
             "eager": (ours, guidance, side, False),
             "theirs": (theirs, guidance, side),
         }
-        found = in_turn(sides, pairs)
+        found = anew(sides, pairs)
         wall, cpu = speeds(found["eager"], found["theirs"])
         rate = side * side / found["ours"].wall
         measured = {

@@ -156,22 +156,26 @@ def generate_many(
         scores = drop_unlikely(guide(cond, uncond, scales[t]), cond, min_p)
         return draw(keep_top_k(scores, top_k), temperature, uniform)
 
+    # One size of cache: what is compiled for it serves every batch, whatever its prompts' lengths.
+    slots = max(map(len, ids)) + len(_opening(h, w, cfg.ids)) + h * (w + 1)
     parts = []
     for part in (jobs[a : a + batch] for a in range(0, len(jobs), batch)):
         random = torch.stack([uniforms(seed, first[0] + p, first[1] + i, h * (w + 1)) for p, i in part])
         guided = any(scale != 1.0 for scale in scales)
-        parts.append(_pictures(params, [ids[p] for p, _ in part], random, cfg, h, w, guided, choose, tick, compile))
+        parts.append(
+            _pictures(params, [ids[p] for p, _ in part], slots, random, cfg, h, w, guided, choose, tick, compile)
+        )
     return torch.cat(parts).unflatten(0, (-1, n))
 
 
-def _pictures(params, prompts, random, cfg, h, w, guided, choose, tick, compile) -> Int[Tensor, "B h w"]:
+def _pictures(params, prompts, slots, random, cfg, h, w, guided, choose, tick, compile) -> Int[Tensor, "B h w"]:
     """One batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images from `start` on."""
     ids, B, device = cfg.ids, len(prompts), params.embed.device
     opening = torch.tensor(_opening(h, w, ids), device=device)
     copies = 2 if guided else 1
     contexts = [torch.cat([prompt, opening]) for prompt in prompts] + [opening] * (B * (copies - 1))
     lengths = [len(context) for context in contexts]
-    cache = decode.empty_cache(params, cfg, len(contexts), max(lengths) + h * (w + 1))
+    cache = decode.empty_cache(params, cfg, len(contexts), slots)
     x = decode.prefill(params, contexts, cache, cfg)
 
     image, fresh = [], []  # fresh: tokens that the cache has not seen, a code and the newline forced after it

@@ -218,7 +218,7 @@ def init(
     last = len(widths) - 1
 
     def new_conv(source: int, target: int, k: int = 3, size: float = 1.0) -> Conv:
-        return Conv(normal(target, source, k, k) * (size / (source * k * k) ** 0.5), zeros(target))
+        return Conv(normal(target, source, k, k).mul_(size / (source * k * k) ** 0.5), zeros(target))
 
     group = lambda c: GroupNorm(ones(c), zeros(c))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lumina_fn import model, names, sample
+from lumina_fn import decode, model, names, sample, transform
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from lumina_fn.vocab import Ids, image_codes, image_length, image_tokens
@@ -139,11 +139,15 @@ def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(param
     assert (codes[0, 0] != codes[0, 1]).any()
 
 
-def test_a_compiled_block_draws_the_same_pictures(params):
+def test_one_compiled_block_draws_the_same_pictures_for_prompts_of_all_lengths(params, monkeypatch):
     draw = lambda compile: sample.generate_many(
-        params, PROMPTS, CFG, height=32, width=64, batch=2, guidance=3.0, seed=4, compile=compile
+        params, PROMPTS, CFG, height=32, width=64, guidance=3.0, seed=4, compile=compile
     )
+    compiled, inductor = [], transform.inductor
+    monkeypatch.setattr(transform, "inductor", lambda *graph: compiled.append(graph) or inductor(*graph))
+    decode._compiled.cache_clear()
     assert torch.equal(draw(True), draw(False))
+    assert len(compiled) == 1
 
 
 def test_guidance_1_is_no_guidance_and_0_is_no_prompt(params):
