@@ -54,8 +54,8 @@ def extend(
         return x
     positions = torch.tensor(lengths, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
     if compile:
-        seen = _seen(positions, cache[0][0].shape[1])
-        layer = lambda p, x, angles, kv: (_compiled(cfg)(p, x, angles, positions, seen, *kv), kv)
+        run, seen = _compiled(cfg), _seen(positions, cache[0][0].shape[1])
+        layer = lambda p, x, angles, kv: (run(p, x, angles, positions, seen, *kv), kv)
     else:
         layer = _layer(cfg, _over_cache(positions, _seen(positions, max(lengths) + T), donate=True))
     x, _ = _blocks(params, tokens.flatten(), positions.flatten(), cfg, layer, cache)

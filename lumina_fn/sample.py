@@ -127,8 +127,7 @@ def generate(
     """
     return generate_many(
         params, [prompt_ids], cfg, height=height, width=width, guidance=guidance, guidance_schedule=guidance_schedule,
-        top_k=top_k, temperature=temperature, min_p=min_p, seed=seed, first=index,
-        compile=compile,
+        top_k=top_k, temperature=temperature, min_p=min_p, seed=seed, first=index, compile=compile,
     )[0, 0]  # fmt: skip
 
 
