@@ -16,7 +16,8 @@ from typing import Annotated
 from bench import ceilings, checkpoint, convert, decoding, fsdp, language, pictures, startup, table
 from bench.harness import Row
 from experiments.settings import parse
-from lumina_fn import errors, files
+from lumina_fn import errors
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 
 RESULTS = Path(__file__).parent / "results.json"

@@ -26,7 +26,8 @@ from rich.progress import Progress
 from experiments import dataset_html, dataset_looks, dataset_report, dataset_verify, settings
 from experiments.dataset_looks import Look
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import data, dataset, errors, files, images, prompt, vq
+from lumina_fn import data, dataset, errors, images, prompt, vq
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 
 WINDOW = 1024  # rows that are under way at once

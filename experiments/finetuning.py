@@ -13,8 +13,9 @@ from experiments.distributed import World
 from experiments.finetune_settings import Settings
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
-from lumina_fn import batches, checkpoint, errors, files, model, optim, prefetch, train
+from lumina_fn import batches, checkpoint, errors, model, optim, prefetch, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.disk import files
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.mixing import Mixture
 from lumina_fn.sharding import Mesh

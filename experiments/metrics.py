@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from lumina_fn import files
+from lumina_fn.disk import files
 
 SHOWN = ("loss", "ce", "z", "grad_norm", "lr", "noise_scale", "tokens_per_second")  # on the terminal
 

@@ -23,7 +23,8 @@ from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
 from experiments.settings import POSITIONAL
-from lumina_fn import errors, files, imported, prompt, shards
+from lumina_fn import errors, imported, prompt, shards
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 from lumina_fn.shards import Feature, Origin, Rejected
 

@@ -31,8 +31,9 @@ from experiments.claims import Shard
 from experiments.distributed import ALONE, World
 from experiments.encoding import Encode, Prepared, Tally, encode_shards
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import checkpoint, data, dataset, errors, files, images, prompt, shards, vq
+from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.shards import Feature, Origin, Rejected

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import profile, supported_activities
 
 from kernels.measure import hushed
-from lumina_fn import files
+from lumina_fn.disk import files
 
 WARM_UP = 2  # steps before: what is compiled, and read for the first time
 TRACE, TABLE = "trace.json", "ops.txt"

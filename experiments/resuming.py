@@ -16,8 +16,9 @@ import torch
 from experiments import feature_folders
 from experiments.distributed import World
 from experiments.run_folder import METRICS
-from lumina_fn import files, manifest, saved_state, shards
+from lumina_fn import manifest, saved_state, shards
 from lumina_fn.config import ModelConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS
 from lumina_fn.saved_state import Saving

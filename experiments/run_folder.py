@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lumina_fn import files, manifest
+from lumina_fn import manifest
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 

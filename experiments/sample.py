@@ -21,8 +21,9 @@ from torch import Tensor
 
 from experiments import settings
 from experiments.settings import EnvCheck
-from lumina_fn import checkpoint, errors, files, prompt, sample, vq
+from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids

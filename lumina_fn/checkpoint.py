@@ -14,8 +14,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import files, model, names, sharding, sources, tensor_files, vq
+from lumina_fn import model, names, sharding, sources, tensor_files, vq
 from lumina_fn.config import ModelConfig, VQConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import steps, verify
 from lumina_fn.saved_state import restore, save

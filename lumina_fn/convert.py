@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lumina_fn import checkpoint, errors, files, hf_config, mindspeed, names, sources, tensor_files, torch_zip
+from lumina_fn import checkpoint, errors, hf_config, mindspeed, names, sources, tensor_files, torch_zip
 from lumina_fn.config import ModelConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 
 Report = Callable[[int], None]  # is told the bytes written

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lumina_fn import safe_pickle, tensor_files, torch_zip, within
+from lumina_fn import safe_pickle, tensor_files, torch_zip
+from lumina_fn.disk import within
 from lumina_fn.errors import InputError, printable
 from lumina_fn.safe_pickle import Global, Record
 from lumina_fn.tensor_files import Later, Stored

@@ -20,8 +20,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 
-from lumina_fn import checkpoint, errors, files
+from lumina_fn import checkpoint, errors
 from lumina_fn.config import ModelConfig
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
 from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step

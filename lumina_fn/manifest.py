@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lumina_fn import files
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 
 FORMAT = "lumina_fn/checkpoint/1"

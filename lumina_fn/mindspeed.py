@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lumina_fn import dcp, tensor_files, torch_zip, within
+from lumina_fn import dcp, tensor_files, torch_zip
+from lumina_fn.disk import within
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import Later, Stored
 

@@ -18,8 +18,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import files, manifest, model, names, orbax_bridge, sharding
+from lumina_fn import manifest, model, names, orbax_bridge, sharding
 from lumina_fn.config import LUMINA_7B
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 from lumina_fn.manifest import Damaged, Unusable
 from lumina_fn.sharding import Mesh, Sharded

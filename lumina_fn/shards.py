@@ -18,7 +18,7 @@ from jaxtyping import Int, Integer, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lumina_fn import files, within
+from lumina_fn.disk import files, within
 from lumina_fn.errors import InputError
 from lumina_fn.vocab import CODES_PER_PATCH, Ids
 

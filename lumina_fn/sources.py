@@ -17,13 +17,13 @@ from lumina_fn import (
     torch_zip,
     vq,
     vq_config,
-    within,
 )
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
+from lumina_fn.disk import within
+from lumina_fn.disk.within import read_json
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import INDEX, Later, Stored, safetensors_header
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
-from lumina_fn.within import read_json
 
 FORMAT = "lumina_fn/1"
 COMPANIONS = (  # what travels with a model's weights, by name; nothing else is copied

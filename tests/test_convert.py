@@ -175,7 +175,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, stop):
     """The process dies after all the weights are written, or after everything but the final rename."""
     a = source(tmp_path / "a")
     code = (
-        "import os, sys, threading, time\nfrom lumina_fn import checkpoint, convert, files\n"
+        "import os, sys, threading, time\nfrom lumina_fn import checkpoint, convert\nfrom lumina_fn.disk import files\n"
         f"def hang(*_): os.write(1, b'.'); time.sleep(60)\n{stop} = hang\n"
         "for to, write in convert.WRITERS.items():\n"
         "  threading.Thread(target=convert.convert, args=(sys.argv[1], f'{sys.argv[2]}/{to}', write)).start()"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina_fn import files
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 
 
@@ -124,7 +124,7 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
 def test_a_killed_run_leaves_no_result_and_the_next_run_tidies_up(tmp_path):
     dst = tmp_path / "dst"
     code = (
-        "import sys, time\nfrom lumina_fn import files\n"
+        "import sys, time\nfrom lumina_fn.disk import files\n"
         "with files.new_folder(sys.argv[1]) as tmp:\n  (tmp / 'a').write_text('1'); print('in', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(

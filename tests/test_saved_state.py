@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 
 from experiments import processes
-from lumina_fn import checkpoint, convert, files, manifest, model, sharding, train
+from lumina_fn import checkpoint, convert, manifest, model, sharding, train
+from lumina_fn.disk import files
 from tests.resumed_runs import OPT, TINY, assert_same_bits, cut, random_state
 
 SLOW = pytest.mark.slow

@@ -21,7 +21,8 @@ from PIL import Image
 from experiments import finetune, pretokenize, sample, settings
 from experiments.demo import emoji_set, report, shapes, splits, tasks
 from experiments.demo.grader import grade
-from lumina_fn import convert, errors, files
+from lumina_fn import convert, errors
+from lumina_fn.disk import files
 
 SHOWN_NEW, SHOWN_OLD = 32, 8  # prompts on the sheet, the first of each list
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lumina_fn import files
+from lumina_fn.disk import files
 from lumina_fn.errors import InputError
 
 SIDE, GLYPH = 256, 176  # pixels

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load_file, save
 
-from lumina_fn import files
+from lumina_fn.disk import files
 
 Tree = TypeVar("Tree")
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from experiments import pretokenize
 from experiments.demo import shapes, splits
-from lumina_fn import convert, files
+from lumina_fn import convert
+from lumina_fn.disk import files
 
 ASSETS = Path(__file__).parent / "assets"
 LM, VQ = ASSETS / "lm", ASSETS / "vq"

@@ -1,0 +1,8 @@
+"""Everything that this project does to files on a disk; no other module opens, replaces or removes one.
+
+reading   open what a user or another program may have put there: regular files of bounded size, JSON of a known shape
+within    files of a folder that a stranger packed: none of them lies outside
+files     results that appear whole: written beside their place, synced, moved there by one rename
+marks     the small file that every result carries, which says that it is ours and may be replaced
+locks     one writer at a time
+"""
