@@ -3,20 +3,38 @@
 A claim only saves work. Where two processes make the same shard, since a file system has no locks, they write the same bytes.
 """
 
-import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lumina_fn.disk import locks
+
 CLAIMS = ".claims"
+_CLAIM = re.compile(r"\d{5,}", re.ASCII)
 
 
 class Shard(NamedTuple):
     number: int
     name: str  # of its file
     rows: range  # of the input
+
+
+def is_ours(path: str) -> bool:
+    """Whether a path below a set's folder (a folder's ends with "/") is a claim's, or that of their folder."""
+    return path == f"{CLAIMS}/" or (
+        path.startswith(f"{CLAIMS}/") and _CLAIM.fullmatch(path[len(CLAIMS) + 1 :]) is not None
+    )
+
+
+def begin(folder: Path) -> None:
+    """Make room for claims. Raises InputError where something else is there."""
+    with suppress(FileExistsError):
+        (folder / CLAIMS).mkdir()
+    with locks.folder_of(folder / CLAIMS):
+        pass
 
 
 def claimed(
@@ -26,26 +44,22 @@ def claimed(
 
     Each rank begins with its own, then takes what others have not begun; with `wait` also what somebody holds, once it is free.
     """
-    for shard in sorted(shards, key=lambda s: (s.number % size != rank, s.number)):
-        if (folder / shard.name).exists():
-            continue
-        lock = os.open(folder / CLAIMS / f"{shard.number:05d}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        except OSError:  # this file system has no locks
-            pass
-        if (folder / shard.name).exists():  # made between the look and the lock
-            os.close(lock)
-            continue
-        yield shard, lambda lock=lock: os.close(lock)
+    with locks.folder_of(folder / CLAIMS) as claims:
+        for shard in sorted(shards, key=lambda s: (s.number % size != rank, s.number)):
+            if (folder / shard.name).exists():
+                continue
+            lock = locks.own_file(f"{shard.number:05d}", claims, folder / CLAIMS)
+            if locks.take(lock, wait) is False:
+                os.close(lock)
+                continue
+            if (folder / shard.name).exists():  # made between the look and the lock
+                os.close(lock)
+                continue
+            yield shard, lambda lock=lock: os.close(lock)
 
 
 def forget(folder: Path) -> None:
-    """Remove the claims of a set that is finished."""
-    for path in list((folder / CLAIMS).iterdir()):
-        path.unlink()
+    """Remove the claims of a set that is finished; what else lies there stays."""
+    locks.remove_own(folder / CLAIMS, _CLAIM)
     with suppress(OSError):
         (folder / CLAIMS).rmdir()

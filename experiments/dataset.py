@@ -27,7 +27,7 @@ from experiments import dataset_html, dataset_looks, dataset_report, dataset_ver
 from experiments.dataset_looks import Look
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import data, dataset, errors, images, prompt, vq
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError
 
 WINDOW = 1024  # rows that are under way at once
@@ -71,7 +71,7 @@ def report(run: Report) -> int:
     _check(run, is_features)
     inputs = [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
     if run.out:
-        files.place(run.out, inputs)
+        places.place(run.out, inputs)
     looks, show = _features(run) if is_features else _rows(run)
     done = [look for look in looks if look.reason is None]
     drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
@@ -84,7 +84,7 @@ def report(run: Report) -> int:
     if run.out:
         by_row = {look.row: look for look in looks}
         pictures = {row: _shown(show, by_row[row]) for row in dataset_html.shown_rows(found)}
-        with files.new_folder(run.out, run.overwrite) as folder:
+        with files.new_folder(run.out, "report", run.overwrite) as folder:
             (folder / "report.txt").write_text(text, encoding="utf-8")
             (folder / "report.json").write_text(numbers, encoding="utf-8")
             (folder / "report.html").write_text(dataset_html.page(found, pictures), encoding="utf-8")

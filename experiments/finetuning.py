@@ -15,7 +15,7 @@ from experiments.metrics import Log
 from experiments.resuming import Checkpoints
 from lumina_fn import batches, checkpoint, errors, model, optim, prefetch, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import places
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.mixing import Mixture
 from lumina_fn.sharding import Mesh
@@ -33,7 +33,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
     checks.shares(run, world, device, _micro_batch(run, world))
-    out = files.place(run.out, [run.model, *(one.folder for one in feature_folders.named(run.features))])
+    out = places.place(run.out, [run.model, *(one.folder for one in feature_folders.named(run.features))])
     # What an earlier attempt of this launch left in OUT is its own, and is continued.
     resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
     if world.rank == 0:
@@ -67,7 +67,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
             return 128 + stopped
         broken = int(state.streak) >= STREAK
         folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
-        checkpoint.save_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh, overwrite=start > 0)
+        checkpoint.renew_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
         if world.rank == 0 and not broken:
             run_folder.finish(out, int(state.step))
     if broken:

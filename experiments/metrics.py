@@ -42,8 +42,7 @@ class Log:
         values = {**values, **self._noise_scale(values), "tokens_per_second": tokens / (now - self.start)}
         self.start = now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
-        with files.writable(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        files.append(self.path, json.dumps({"step": step, **finite}) + "\n")
         line = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         self.console.print(f"step {step}  {line}", markup=False, soft_wrap=True)
         return self.totals

@@ -24,7 +24,7 @@ from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
 from experiments.settings import POSITIONAL
 from lumina_fn import errors, imported, prompt, shards
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
 from lumina_fn.shards import Feature, Origin, Rejected
 
@@ -57,9 +57,9 @@ def _features(run: Settings) -> None:
         raise InputError(f"{run.source} holds extracted features: name their model's folder with --model")
     tokenizer = prompt.load_tokenizer(run.model)
     origin = Origin(run.size, 0, tokenizer.ids, tokenizer.fingerprint, vq="")
-    files.place(run.out, [run.source, run.model])
+    places.place(run.out, [run.source, run.model])
     left: list[imported.Left] = []
-    with files.new_folder(run.out, run.overwrite) as folder:
+    with files.new_folder(run.out, shards.KIND, run.overwrite) as folder:
         file_of: dict[int, str] = {}
         done = shards.write_features(folder, _kept(imported.read(run.source, tokenizer), left, file_of), origin)
         if not done:
@@ -106,8 +106,8 @@ def _guide(run: Settings) -> None:
     if refused := [f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
         raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused)}"))
     script = commands(guide)
-    files.place(run.out, [run.source])
-    with files.new_folder(run.out, run.overwrite) as folder:
+    places.place(run.out, [run.source])
+    with files.new_folder(run.out, "migration", run.overwrite) as folder:
         (folder / "commands.sh").write_text(script)
         (folder / "report.md").write_text(report(guide))
         record = {"working_directory": str(guide.root), "fields": [line._asdict() for line in guide.lines], "commands": [c._asdict() for c in guide.commands]}  # fmt: skip

@@ -11,7 +11,6 @@ any number of devices, and after rows were added to DATA.json: OUT becomes the s
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from experiments.encoding import Encode, Prepared, Tally, encode_shards
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.shards import Feature, Origin, Rejected
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> None:
     _check(run, tokenizer)
     device = settings.checked_device(run, world.device, world.say)
     rows = dataset.read_rows(run.data)
-    out = files.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
+    out = places.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
     vq_params, vq_cfg = checkpoint.load_vq(run.vq)
     if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
         raise InputError(
@@ -80,6 +79,9 @@ def main(argv: Sequence[str] | None = None, world: World = ALONE) -> None:
         )
     origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
     planned = plan(rows, origin, run.shard)
+    if run.overwrite and out.exists():
+        roots = _roots(run)
+        places.place(out, (Path(root, file) for file in map(dataset.file_of, rows) if file for root in roots))
     with run_folder.locked(out) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             _begin(out, origin, planned, run)
@@ -157,11 +159,11 @@ def _encode(
     encode: Encode,
 ) -> Tally:
     """This rank's part of the work, with progress on rank 0's terminal."""
-    roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
+    roots = _roots(run)
     ready = lambda i: prepare(i, rows[i], roots, tokenizer, run.size, run.seed)
 
     def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> None:
-        with files.writable(out):
+        with places.writable(out):
             shards.write(out / shard.name, features, rejected, tokenizer.ids)
 
     workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
@@ -180,24 +182,29 @@ def _encode(
         )  # fmt: skip
 
 
+def _roots(run: Settings) -> list[Path]:
+    """The folders that pictures may lie in."""
+    return [run.data.parent, *([run.image_root] if run.image_root else [])]
+
+
 def _begin(out: Path, origin: Origin, planned: list[Shard], run: Settings) -> None:
     """OUT as this run needs it: new, or what an earlier run with the same settings left."""
-    with files.writable(out):
-        if run.overwrite and out.exists():
-            shutil.rmtree(out)
+    with places.writable(out):
         out.mkdir(exist_ok=True)
-        for path in filter(files.is_unfinished, list(out.iterdir())):
-            path.unlink()
+        if run.overwrite:
+            marks.check(out, shards.KIND, is_ours)
+            files.empty(out, is_ours)
+        files.remove_unfinished(out)
         made = json.dumps({**asdict(origin), "shard": run.shard}, indent=1) + "\n"
         if (out / ORIGIN).exists():
             _same(out, json.loads(made))
-        elif others := sorted(path.name for path in out.iterdir()):
-            raise InputError(
-                f"{out} is no feature set (it holds {others[0]}): give another place, or --overwrite to replace it"
-            )
-        else:
+        elif others := sorted(path.name for path in out.iterdir() if path.name != marks.NAME):
+            raise InputError(f"{out} is no feature set (it holds {others[0]}): give another place")
+        if marks.read(out) is None:
+            files.write_atomic(out / marks.NAME, marks.text(shards.KIND, []))
+        if not (out / ORIGIN).exists():
             files.write_atomic(out / ORIGIN, made)
-        (out / claims.CLAIMS).mkdir(exist_ok=True)
+        claims.begin(out)
         if run.retry:
             (out / shards.INDEX).unlink(missing_ok=True)  # unfinished until they are made again
             for shard in planned:
@@ -205,12 +212,18 @@ def _begin(out: Path, origin: Origin, planned: list[Shard], run: Settings) -> No
                     (out / shard.name).unlink()
 
 
+def is_ours(path: str) -> bool:
+    """Whether a path below OUT (a folder's ends with "/") is one that pretokenize writes."""
+    own = path in (MANIFEST, QUARANTINE, ORIGIN) or shards.is_ours(path) or claims.is_ours(path)
+    return own or ("/" not in path and files.is_unfinished(Path(path)))
+
+
 def _same(out: Path, now: dict[str, Any]) -> None:
     """InputError where OUT was begun with other settings."""
     try:
-        then = dict(json.loads((out / ORIGIN).read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{out / ORIGIN} is damaged: give another place, or --overwrite to start afresh") from error
+        then = reading.json_object(out / ORIGIN, "the settings that a feature set was begun with")
+    except InputError as error:
+        raise InputError(f"{error}; give another place, or --overwrite to start afresh") from error
     if wrong := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
         raise InputError(
             f"{out} was begun otherwise: {'; '.join(wrong)}; give another place, or --overwrite to start afresh"
@@ -227,14 +240,14 @@ def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]
         for name, content in read
         for line in shards.manifest(name, content, name_of, lambda size: _crop(size, run.size))
     )
-    with files.writable(out):
+    with places.writable(out):
         files.write_atomic(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in told))
         files.write_atomic(out / QUARANTINE, "".join(json.dumps(r._asdict()) + "\n" for r in rejected))
         shards.finish(out, origin, read)
         kept = {MANIFEST, QUARANTINE, ORIGIN, *shards.names(out)}
         claims.forget(out)
         for path in list(out.iterdir()):
-            if path.name not in kept and path.suffix == ".safetensors":
+            if path.name not in kept and shards.is_ours(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
     return rejected
 

@@ -50,7 +50,7 @@ class Profile:
         record, self.record = self.record, None
         with hushed():
             record.stop()
-        with files.new_folder(self.folder, overwrite=True) as folder:
+        with files.renewed_folder(self.folder, "profile") as folder:
             record.export_chrome_trace(str(folder / TRACE))
             order = (
                 "self_cpu_time_total" if torch.accelerator.current_accelerator() is None else "self_device_time_total"

@@ -1,40 +1,37 @@
 """OUT, the folder of a run: one process writes it at a time, and what is not a run's is never removed."""
 
-import fcntl
-import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lumina_fn import manifest
-from lumina_fn.disk import files
+from lumina_fn.disk import files, locks, marks, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 
+KIND = "run"
 METRICS, MODEL, LAST_GOOD, PROFILE = "metrics.jsonl", "model", "last_good", "profile"
 FINISHED = "finished"  # holds the step whose parameters are in model/
 CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED, PROFILE}
+_FOLDERS = re.compile(
+    rf"({CHECKPOINTS}|{ORIGIN}|{MODEL}|{LAST_GOOD}|{PROFILE})/"
+)  # but for the first, each has its own mark
+
+
+def is_ours(path: str) -> bool:
+    """Whether a path below OUT (a folder's ends with "/") is one that a run writes; its results' files are told by their marks."""
+    if path in (METRICS, FINISHED) or _FOLDERS.fullmatch(path) or files.is_unfinished(Path(path)):
+        return True
+    return path.startswith(f"{CHECKPOINTS}/") and manifest.is_ours(path.removeprefix(f"{CHECKPOINTS}/"))
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """OUT is written by this process alone, while it lasts. Raises InputError that names the other one."""
-    with files.writable(out):
+    with places.writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        # The root has no name, and is never free.
-        opened = (out.parent / f".{out.name}.lock").open("a+")
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise InputError(
-                f"{out} is being written by process {file.read().strip()}: wait for it or stop it"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with locks.one_writer(out):
         yield
 
 
@@ -43,35 +40,39 @@ def held(out: Path, resume: str, overwrite: bool) -> Iterator[bool]:
     """OUT, made and locked by this process; whether the run begins afresh there, else what an earlier one left stays."""
     with locked(out):
         afresh = check(out, resume, overwrite)  # under the lock: a run that ended just now saved something
-        with files.writable(out):
-            if afresh and out.exists():
-                shutil.rmtree(out)
+        with places.writable(out):
             out.mkdir(exist_ok=True)
-            files.sync_one(out.parent)
-            for path in filter(files.is_unfinished, list(out.iterdir())):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield afresh
+        with locks.held_folder(out):
+            with places.writable(out):
+                if afresh:
+                    files.empty(out, is_ours)
+                files.remove_unfinished(out)
+                if marks.read(out) is None:
+                    files.write_atomic(out / marks.NAME, marks.text(KIND, []))
+                files.sync_one(out.parent)
+            yield afresh
 
 
 def check(out: Path, resume: str, overwrite: bool) -> bool:
     """Whether a run begins afresh there: InputError where OUT holds something else, or a run that this one would spoil."""
-    with files.writable(out):
+    with places.writable(out):
         if not out.exists():
             if resume not in ("no", "auto"):
                 raise InputError(f"--resume {resume}: {out} does not exist, there is nothing to go on from")
             return True
-        strangers = (
-            []
-            if not out.is_dir()
-            else sorted(p.name for p in out.iterdir() if p.name not in CONTENTS and not files.is_unfinished(p))
-        )
-        if strangers or not out.is_dir():
-            raise InputError(
-                f"{out} is no run's folder{f' (it holds {strangers[0]})' if strangers else ''}: give another place"
-            )
+        if not out.is_dir():
+            raise InputError(f"{out} is no run's folder: give another place")
         if overwrite:
+            marks.check(out, KIND, is_ours)
             return True
-        if resume == "no" and any(out.iterdir()):
+        mark = marks.read(out)
+        if mark is not None and mark.kind != KIND:
+            raise InputError(f"{out} is no run's folder ({mark.kind}): give another place")
+        if mark is None and (
+            strangers := sorted(p.name for p in out.iterdir() if p.name not in CONTENTS and not files.is_unfinished(p))
+        ):
+            raise InputError(f"{out} is no run's folder (it holds {strangers[0]}): give another place")
+        if resume == "no" and any(path.name != marks.NAME for path in out.iterdir()):
             raise InputError(
                 f"{out} holds a run: give a new place, --overwrite to start afresh there, or --resume auto"
             )
@@ -81,7 +82,10 @@ def check(out: Path, resume: str, overwrite: bool) -> bool:
                 raise InputError(
                     f"{out} holds a model and no checkpoint to go on from: give a new place, or --overwrite to start afresh there"
                 )
-        return not saved and not any((out / CHECKPOINTS).glob("*.aside"))
+        afresh = not saved and not any((out / CHECKPOINTS).glob("*.aside"))
+        if afresh and mark is None:  # nothing there says that it is a run's
+            marks.check(out, KIND, is_ours)
+        return afresh
 
 
 def finish(out: Path, step: int) -> None:
@@ -91,4 +95,4 @@ def finish(out: Path, step: int) -> None:
 
 def is_finished(out: Path, step: int) -> bool:
     path = out / FINISHED
-    return path.exists() and path.read_text().strip() == str(step)
+    return path.exists() and reading.text(path, 100, "the step of a finished run").strip() == str(step)

@@ -23,7 +23,7 @@ from experiments import settings
 from experiments.settings import EnvCheck
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids
@@ -67,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = read_prompts(run)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, captions, tokenizer)
-    files.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
+    places.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
     device = settings.checked_device(run)
     compiled = settings.compiling(run.compile, device) == "blocks"
     dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
-    with files.new_folder(run.out, run.overwrite) as folder:
+    with files.new_folder(run.out, "pictures", run.overwrite) as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)
         ids = _drawable(run, vq_cfg, tokenizer.ids)
         codes = draw(run, captions, replace(tokenizer, ids=ids), device, dtype, compiled)

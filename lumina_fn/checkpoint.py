@@ -7,6 +7,7 @@ paths, their index, and the tokenizer's files.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.tensor_files import Later, Source
 
 __all__ = [
-    "load_model", "load_parts", "load_vq", "read_config", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",
+    "load_model", "load_parts", "load_vq", "read_config", "renew_model", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",
     "stored_dtype", "verify",
 ]  # fmt: skip
+
+KIND = "model"  # in the mark of a model's folder, of whatever format
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,30 @@ def save_model(
     Tensors are stored as `dtype` (None: as they are). With a mesh every rank calls this with its parts, and rank 0 writes:
     units are gathered one at a time, and a whole model is never held.
     """
+    _write_model(lambda: files.new_folder(path, KIND, overwrite), params, cfg, source, dtype, mesh)
+
+
+def renew_model(
+    path: str | Path,
+    params: model.Params,
+    cfg: ModelConfig,
+    *,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    mesh: Mesh | None = None,
+) -> None:
+    """`save_model` in a run's folder: the model of an earlier part of the run is replaced, and what others put beside it stays."""
+    _write_model(lambda: files.renewed_folder(path, KIND), params, cfg, source, dtype, mesh)
+
+
+def _write_model(
+    opened: Callable[[], AbstractContextManager[Path]],
+    params: model.Params,
+    cfg: ModelConfig,
+    source: str | Path | None,
+    dtype: torch.dtype | None,
+    mesh: Mesh | None,
+) -> None:
     like = names.flatten(model.init(cfg, device="meta"))
     _check_shapes(_shapes(names.flatten(params)) if mesh is None else _whole_shapes(params, like), like)
     leaves = pytree.tree_leaves(params)
@@ -130,7 +157,7 @@ def save_model(
     config, companions = (None, {}) if source is None else sources.heritage(source)
     config = sources.unmasked(config, cfg)
     tensors = {path: Later(tuple(t.shape), dtype, lambda: next(whole).to(dtype)) for path, t in like.items()}
-    with files.new_folder(path, overwrite) as folder:
+    with opened() as folder:
         write_native(folder, cfg, tensors, config, companions)
 
 
@@ -148,7 +175,7 @@ def _whole_shapes(params: model.Params, like: Iterable[str]) -> Shapes:
 def save_heritage(path: str | Path, source: str | Path) -> None:
     """A folder with what a model made from `source` takes over from it beside weights; one that is there is replaced."""
     config, companions = sources.heritage(source)
-    with files.new_folder(path, overwrite=True) as folder:
+    with files.renewed_folder(path, "origin") as folder:
         copy_companions(folder, companions)
         if config is not None:
             write_json(folder / "config.json", config)
@@ -158,7 +185,7 @@ def save_vq(path: str | Path, params: vq.Params, cfg: VQConfig, *, overwrite: bo
     """A native folder, written atomically."""
     tensors = names.flatten(params)
     _check_shapes(_shapes(tensors), names.flatten(vq.init(cfg, device="meta")))
-    with files.new_folder(path, overwrite) as folder:
+    with files.new_folder(path, KIND, overwrite) as folder:
         write_native(folder, cfg, tensors, None, {})
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lumina_fn import checkpoint, errors, hf_config, mindspeed, names, sources, tensor_files, torch_zip
 from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
 
 Report = Callable[[int], None]  # is told the bytes written
@@ -69,8 +69,8 @@ def convert(
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     try:
-        _check_room(files.place(dst, [Path(src), *([Path(norm_from)] if norm_from else [])]), total)
-        with files.new_folder(dst, overwrite) as folder, bar:
+        _check_room(places.place(dst, [Path(src), *([Path(norm_from)] if norm_from else [])]), total)
+        with files.new_folder(dst, checkpoint.KIND, overwrite) as folder, bar:
             task = bar.add_task("", total=total)
             write(folder, source, lambda n: bar.advance(task, n))
     except OSError as error:

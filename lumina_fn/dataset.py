@@ -90,6 +90,12 @@ def row(value: Any) -> Row:
     return Row(value["file"], value["prompt"])
 
 
+def file_of(value: Any) -> str | None:
+    """The file that a row names, whatever else is wrong with it."""
+    file = value.get("file") if isinstance(value, dict) else None
+    return file if isinstance(file, str) and "\0" not in file else None
+
+
 def find(file: str, roots: Sequence[Path]) -> Path:
     """The file a row means: relative to the first root that has it, or absolute; links resolved, and inside one of the roots.
 

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 
 from lumina_fn import checkpoint, errors
 from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
 from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step
@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None) -> int:
     if max(args.tokens or [1]) > cfg.max_positions:
         raise InputError(f"--tokens {max(args.tokens)}: {args.model} has {cfg.max_positions} positions; give no more")
     dtype = getattr(torch, args.dtype) if args.dtype else usual
-    files.place(args.out, [Path(args.model)])
-    with files.new_folder(args.out, args.overwrite) as folder:
+    places.place(args.out, [Path(args.model)])
+    with files.new_folder(args.out, "programs", args.overwrite) as folder:
         told = []
         for name, function in functions(cfg, args, dtype).items():
             told.append(save(export(function(), target), folder / name))

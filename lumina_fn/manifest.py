@@ -9,15 +9,16 @@ checkpoints/.STEP.tmp          is being written, or was when its writer was kill
 
 import hashlib
 import json
+import logging
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lumina_fn.disk import files
+from lumina_fn.disk import files, marks, places
 from lumina_fn.errors import InputError, printable
 
 FORMAT = "lumina_fn/checkpoint/1"
@@ -28,6 +29,13 @@ CHECKPOINTS, ORIGIN = (
 MANIFEST = "MANIFEST.json"
 LARGEST = 64 << 20  # bytes of a manifest or an index
 _TMP, _OLD = ".tmp", ".old"
+# What we name so. The files of a finished shard are in its checkpoint's mark; while it is written, all under it is Orbax's.
+_OURS = re.compile(
+    rf"(\d+(\.aside\d*)?|\.\d+\.(tmp|old))/(\.?({MANIFEST}|shard_\d{{5}}\.json)(\.lumina-tmp-[0-9a-f]+)?)?"
+    r"|\.\d+\.(tmp|old)/shard_\d{5}[^/]*/.*", re.ASCII | re.DOTALL
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 
 class Unusable(InputError):
@@ -54,14 +62,37 @@ def shard(rank: int) -> str:
     return f"shard_{rank:05d}"
 
 
+def is_ours(path: str) -> bool:
+    """Whether a path below a folder of checkpoints (a folder's ends with "/") is one that a checkpoint has."""
+    return _OURS.fullmatch(path) is not None
+
+
 def tidy(folder: Path) -> None:
     """Remove what killed runs left. Nobody may be writing there."""
     if not folder.is_dir():
         return
-    with files.writable(folder):
+    with places.writable(folder):
+        files.remove_unfinished(folder)
+        for step in steps(folder):
+            with suppress(InputError):
+                if marks.read(folder / str(step)) is None:  # an earlier version's
+                    _mark(folder / str(step), sorted(path.name for path in (folder / str(step)).glob("shard_*.json")))
         for path in list(folder.iterdir()):
-            if path.name.startswith(".") and path.suffix in (_TMP, _OLD):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if is_ours(f"{path.name}/") and path.suffix in (_TMP, _OLD) and path.is_dir() and not path.is_symlink():
+                _discard(path)
+
+
+def _mark(folder: Path, indices: list[str]) -> None:
+    """Note in a checkpoint which files are ours: those that its indices list."""
+    shards = [(name, _read_json(folder / name)) for name in indices]
+    inner = [f"{name.removesuffix('.json')}/{file}" for name, index in shards for file in index]
+    files.write_atomic(folder / marks.NAME, marks.text("checkpoint", sorted([MANIFEST, *indices, *inner])))
+
+
+def discard(folder: Path, step: int) -> None:
+    """Remove a checkpoint that cannot be finished."""
+    if (tmp := unfinished(folder, step)).is_dir():
+        _discard(tmp)
 
 
 def seal_shard(folder: Path, rank: int) -> None:
@@ -81,13 +112,18 @@ def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
     content = {"format": FORMAT, "step": step, **content, "indices": indices}
     digest = hashlib.sha256(_text(content)).hexdigest()
     files.write_atomic(tmp / MANIFEST, _text({"sha256": digest, "content": content}))
+    _mark(tmp, names)
     files.take_place(tmp, final, overwrite=True)
     files.sync_one(folder)
-    shutil.rmtree(tmp, ignore_errors=True)  # what had that name
+    if tmp.exists():  # what had that name
+        files.retire(tmp, final, lambda path: is_ours(f"{step}/{path}"))
 
 
 def prune(folder: Path, keep: int | None, every: int | None) -> None:
-    """Remove all but the last `keep` checkpoints (None: all stay) and those of each multiple of `every` steps."""
+    """Remove all but the last `keep` checkpoints (None: all stay) and those of each multiple of `every` steps.
+
+    One that holds what we did not write stays, and is said.
+    """
     for step in [] if keep is None else steps(folder)[:-keep]:
         if every is None or step % every:
             _remove(folder / str(step))
@@ -98,7 +134,7 @@ def set_aside(folder: Path, after: int) -> list[Path]:
     aside = []
     if not folder.is_dir():
         return aside
-    with files.writable(folder):
+    with places.writable(folder):
         for step in [step for step in steps(folder) if step > after]:
             names = (folder / f"{step}.aside{n or ''}" for n in count())
             aside.append((folder / str(step)).rename(next(name for name in names if not name.exists())))
@@ -217,6 +253,17 @@ def _text(value: dict) -> bytes:
 
 def _remove(folder: Path) -> None:
     """In one step for all who list checkpoints."""
+    try:
+        strangers = marks.sort_out(folder, lambda path: is_ours(f"{folder.name}/{path}")).strangers
+    except InputError as error:
+        strangers = [str(error)]
+    if strangers:
+        log.warning("note: checkpoint %s is kept, since lumina did not write all of it: %s", folder, strangers[0])
+        return
     old = folder.with_name(f".{folder.name}{_OLD}")
     folder.rename(old)
-    shutil.rmtree(old)
+    _discard(old)
+
+
+def _discard(folder: Path) -> None:
+    files.retire(folder, None, lambda path: is_ours(f"{folder.name}/{path}"))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lumina_fn import manifest, model, names, orbax_bridge, sharding
 from lumina_fn.config import LUMINA_7B
-from lumina_fn.disk import files
+from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
 from lumina_fn.manifest import Damaged, Unusable
 from lumina_fn.sharding import Mesh, Sharded
@@ -66,7 +66,7 @@ def save(
     rank, parts = (0, 1) if mesh is None else (mesh.rank, mesh.shards[1])
     tmp = manifest.unfinished(folder, step)
     _check_room(folder, parts * sum(leaf.nbytes for leaf in pytree.tree_leaves((state.params, state.mu, state.nu))))
-    with files.writable(folder):
+    with places.writable(folder):
         new = not folder.exists()
         tmp.mkdir(parents=True, exist_ok=True)
         if new:
@@ -275,7 +275,7 @@ def _disk_errors(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # tensorstore raises the latter
-        shutil.rmtree(manifest.unfinished(folder, step), ignore_errors=True)
+        manifest.discard(folder, step)
         full = "No space left on device" in str(error)
         reason = "no space left" if full else getattr(error, "strerror", None) or printable(str(error).splitlines()[0])
         newest = (manifest.steps(folder) or ["none"])[-1]

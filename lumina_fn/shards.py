@@ -6,6 +6,7 @@ file that is replaced: what it names was there before it, so a set is at every m
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from lumina_fn.errors import InputError
 from lumina_fn.vocab import CODES_PER_PATCH, Ids
 
 FORMAT = "lumina_fn/features/2"
+KIND = "features"  # in the mark of a set's folder
 INDEX = "features.json"
 SHARD_ITEMS = 1024  # 19 MB at 768 px
 KEY = 12  # hex digits of a hash, in names
@@ -79,6 +81,14 @@ class Content(NamedTuple):
 
 def name(number: int, key: str) -> str:
     return f"features-{number:05d}-{key[:KEY]}.safetensors"
+
+
+_OURS = re.compile(r"(features-\d{5,}|index)-[0-9a-f]{12}\.safetensors", re.ASCII)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a set's folder has a name that `write` or `finish` gives."""
+    return name == INDEX or _OURS.fullmatch(name) is not None
 
 
 def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected], ids: Ids) -> None:

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 
 from experiments import processes, resuming
 from lumina_fn import checkpoint, errors, manifest, model, saved_state, sharding
+from lumina_fn.disk import marks
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import Damaged
 from tests.resumed_runs import RUN, TINY, assert_same_bits, cut, finetune, random_state, written_inputs  # noqa: F401
@@ -57,6 +58,11 @@ def truncate(path: Path, pick: random.Random) -> None:
     os.truncate(path, pick.randrange(path.stat().st_size))
 
 
+def is_state(path: Path) -> bool:
+    """The mark tells what may be removed, and nothing of the state."""
+    return path.is_file() and path.name != marks.NAME
+
+
 def delete(path: Path, pick: random.Random) -> None:
     path.unlink()
 
@@ -64,7 +70,7 @@ def delete(path: Path, pick: random.Random) -> None:
 def swap(path: Path, pick: random.Random) -> None:
     """With another file of its kind, or with any other."""
     root = next(p for p in path.parents if p.name == "2")
-    others = [p for p in root.rglob("*") if p.is_file() and p.read_bytes() != path.read_bytes()]
+    others = [p for p in root.rglob("*") if is_state(p) and p.read_bytes() != path.read_bytes()]
     other = pick.choice([p for p in others if p.suffix == path.suffix] or others)
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
@@ -79,7 +85,7 @@ HARMS: list[tuple[Callable[[Path, random.Random], None], int]] = [
 def test_every_harm_is_told_with_its_file(written, tmp_path):
     """In every file, several times: 13 harms each."""
     pick, harmed = random.Random(0), 0
-    names = sorted(p.relative_to(written) for p in (written / "2").rglob("*") if p.is_file())
+    names = sorted(p.relative_to(written) for p in (written / "2").rglob("*") if is_state(p))
     kinds = {name.name if "shard" not in name.name else "index" for name in names if name.parent.name != "d"}
     assert kinds >= {
         "MANIFEST.json",
@@ -166,10 +172,13 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_told(written, tmp_path):
 def test_what_a_killed_run_left_is_not_listed_and_goes(written, tmp_path):
     folder = shutil.copytree(written, tmp_path / "left")
     (folder / "2").rename(folder / ".2.tmp")
-    (folder / ".9.tmp").write_text("a file")
+    (folder / ".9.tmp").write_text("a file")  # not ours: we make folders of such names
+    (folder / ".8.old").mkdir()
+    (folder / ".8.old" / "notes.txt").write_text("mine")
     assert checkpoint.steps(folder) == [1]
     manifest.tidy(folder)
-    assert [p.name for p in folder.iterdir()] == ["1"]
+    assert sorted(p.name for p in folder.iterdir()) == [".8.old", ".9.tmp", "1"]
+    assert (folder / ".8.old" / "notes.txt").exists()
 
 
 def test_machines_without_a_shared_disk_are_told(tmp_path):

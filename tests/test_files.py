@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from lumina_fn.disk import files
+from lumina_fn.disk import files, marks, places
 from lumina_fn.errors import InputError
+
+KIND = "result"
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but marks."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != marks.NAME)
+    return {str(p.relative_to(folder)): p.read_text() for p in found}
 
 
 def names(folder: Path) -> list[str]:
@@ -22,7 +26,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_new_folder_appears_whole(tmp_path):
     dst = tmp_path / "deep" / "dst"
-    with files.new_folder(dst) as tmp:
+    with files.new_folder(dst, KIND) as tmp:
         (tmp / "sub").mkdir()
         (tmp / "sub" / "a").write_text("1")
         assert not dst.exists()
@@ -35,12 +39,12 @@ def test_a_new_folder_appears_whole(tmp_path):
 def test_an_exception_leaves_things_as_they_were(tmp_path, overwrite):
     dst = tmp_path / "dst"
     if overwrite:
-        dst.mkdir()
-        (dst / "old").write_text("old")
+        with files.new_folder(dst, KIND) as tmp:
+            (tmp / "old").write_text("old")
     before = contents(tmp_path)
 
     def fail():
-        with files.new_folder(dst, overwrite) as tmp:
+        with files.new_folder(dst, KIND, overwrite) as tmp:
             (tmp / "a").write_text("1")
             raise RuntimeError
 
@@ -56,7 +60,7 @@ def test_overwrite_replaces_the_whole_folder(tmp_path, monkeypatch, exchange):
         monkeypatch.setattr(files, "_renameat2", lambda *_: False)
     dst = tmp_path / "dst"
     for name in "ab":
-        with files.new_folder(dst, overwrite=True) as tmp:
+        with files.new_folder(dst, KIND, overwrite=True) as tmp:
             (tmp / name).write_text(name)
     assert contents(dst) == {"b": "b"}
     assert names(tmp_path) == ["dst"]
@@ -67,7 +71,7 @@ def test_an_existing_place_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, overwrite in [("dst", False), ("file", True), ("link", True)]:
-        with pytest.raises(InputError, match=name), files.new_folder(tmp_path / name, overwrite):
+        with pytest.raises(InputError, match=name), files.new_folder(tmp_path / name, KIND, overwrite):
             pass
     assert names(tmp_path) == ["dst", "file", "link"]
 
@@ -77,14 +81,14 @@ def test_a_place_that_holds_an_input_is_an_error(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "set" / "data.json")
     for read in (tmp_path / "set", tmp_path / "set" / "data.json", tmp_path / "link"):
         with pytest.raises(InputError, match="which this run reads"):
-            files.place(tmp_path / "set", [read])
-    assert files.place(tmp_path / "set" / "out", [tmp_path / "set"]) == tmp_path / "set" / "out"
+            places.place(tmp_path / "set", [read])
+    assert places.place(tmp_path / "set" / "out", [tmp_path / "set"]) == tmp_path / "set" / "out"
 
 
 def test_a_full_disk_is_an_input_error_that_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="dst: No space left"), files.new_folder(tmp_path / "dst"):
+    with pytest.raises(InputError, match="dst: No space left"), files.new_folder(tmp_path / "dst", KIND):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match="not ours") as other, files.new_folder(tmp_path / "dst"):
+    with pytest.raises(OSError, match="not ours") as other, files.new_folder(tmp_path / "dst", KIND):
         raise OSError(errno.EIO, "not ours")
     assert not isinstance(other.value, InputError)
     assert names(tmp_path) == []
@@ -92,24 +96,24 @@ def test_a_full_disk_is_an_input_error_that_leaves_nothing(tmp_path):
 
 def test_a_place_that_appears_meanwhile_is_an_error(tmp_path):
     dst = tmp_path / "dst"
-    with pytest.raises(InputError, match="dst"), files.new_folder(dst):
+    with pytest.raises(InputError, match="dst"), files.new_folder(dst, KIND):
         dst.mkdir()
     assert names(tmp_path) == ["dst"]
 
 
 def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="current folder"), files.new_folder(".", overwrite=True):
+    with pytest.raises(InputError, match="current folder"), files.new_folder(".", KIND, overwrite=True):
         pass
 
 
 def test_an_unwritable_parent_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / "file" / "dst"):
+    with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / "file" / "dst", KIND):
         pass
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("a" * 300, "loop/dst"):
-        with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / name):
+        with pytest.raises(InputError, match="cannot write"), files.new_folder(tmp_path / name, KIND):
             pass
     with pytest.raises(InputError, match="cannot write"):
         files.write_atomic(tmp_path / "missing" / "a", "text")
@@ -125,20 +129,20 @@ def test_a_killed_run_leaves_no_result_and_the_next_run_tidies_up(tmp_path):
     dst = tmp_path / "dst"
     code = (
         "import sys, time\nfrom lumina_fn.disk import files\n"
-        "with files.new_folder(sys.argv[1]) as tmp:\n  (tmp / 'a').write_text('1'); print('in', flush=True); time.sleep(60)"
+        "with files.new_folder(sys.argv[1], 'result') as tmp:\n  (tmp / 'a').write_text('1'); print('in', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(dst)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     )
     assert child.stdout.readline() == b"in\n"
-    with files.new_folder(tmp_path / "dst2"):  # another destination: the living writer's folder stays
+    with files.new_folder(tmp_path / "dst2", KIND):  # another destination: the living writer's folder stays
         pass
-    files._remove_stale(dst)
+    files.recover(dst)
     assert len([p for p in names(tmp_path) if p.startswith(".dst.")]) == 1
     child.send_signal(signal.SIGKILL)
     child.communicate()
     time.sleep(0.05)
     assert not dst.exists()
-    with files.new_folder(dst) as tmp:
+    with files.new_folder(dst, KIND) as tmp:
         (tmp / "b").write_text("2")
     assert names(tmp_path) == ["dst", "dst2"]

@@ -89,6 +89,7 @@ def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, 
     out, features = tmp_path / "run", finetuning.checks.features
     out.mkdir()
     shutil.copy(trained / "metrics.jsonl", out)
+    shutil.copy(trained / ".lumina.json", out)
     assert run_folder.check(out, "auto", overwrite=False)
 
     def meanwhile(*args) -> None:
@@ -155,7 +156,7 @@ def test_a_kill_while_the_model_was_written(inputs, run, trained):
     (run / "model/model.safetensors").write_bytes(b"of step 3")
     said = finetune(inputs, run, "--compile", "off", "--steps", 8, "--save-every", 6)
     assert "going on after step 8" in said
-    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    assert [p.name for p in run.iterdir() if p.name.startswith(".")] == [".lumina.json"]
     for path in (trained / "model").iterdir():
         assert (run / "model" / path.name).read_bytes() == path.read_bytes()
     assert "8 steps are done" in finetune(inputs, run, "--compile", "off", "--steps", 8)

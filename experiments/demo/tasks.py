@@ -21,7 +21,7 @@ SAMPLING = ("--guidance", "1.5", "--temperature", "0.5", "--min-p", "0.05")
 
 def prepare(out: Path, specs: Sequence[shapes.Spec]) -> Path:
     """The picture folder that a user would bring: PNGs, and data.json with a caption for each. Returns data.json."""
-    with files.new_folder(out, overwrite=True) as folder:
+    with files.new_folder(out, "pictures and captions", overwrite=True) as folder:
         (folder / "images").mkdir()
         rows = []
         for i, spec in enumerate(specs):

@@ -1,50 +1,107 @@
-"""Results that appear whole or not at all: written beside their place, synced to the disk, moved there by one rename."""
+"""Results that appear whole or not at all: written beside their place, synced to the disk, moved there by one rename.
+
+What is replaced is ours, as its mark says (see marks), and is there until the new one is: where a process is killed between two
+renames, the next one with the same place puts the old one back.
+"""
 
 import ctypes
 import errno
-import fcntl
+import logging
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lumina_fn.disk import locks, marks
+from lumina_fn.disk.places import place, writable
 from lumina_fn.errors import InputError
 
-_MARK = ".lumina-tmp-"  # in the names of unfinished folders; their writer holds an flock on them while it lives
+log = logging.getLogger(__name__)
+
+_TMP = ".lumina-tmp-"  # in the names of what is unfinished; a folder's writer holds a lock on it while it lives
+_OLD = ".lumina-old-"  # in the name of a folder that makes room for a new one
+_UNFINISHED = re.compile(r"\..+\.lumina-(tmp|old)-[0-9a-f]+", re.DOTALL)
+DAY = 24 * 3600  # seconds, after which an unfinished folder is nobody's where no lock tells
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of Linux's renameat2
 
 
 @contextmanager
-def new_folder(dst: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(dst: str | Path, kind: str, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `dst` when the block ends, and vanishes when it raises.
 
-    An existing `dst` is an InputError unless `overwrite`; it then stays whole until the new one takes its place in one step.
+    An existing `dst` is an InputError unless `overwrite` and it is a result of ours, of the same kind and with nothing else in
+    it; it then stays whole until the new one takes its place in one step.
     What a killed run left behind is removed by the next one with the same `dst`.
     """
     dst = place(dst)
     with writable(dst):
-        _check_free(dst, overwrite)
         dst.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(dst)
+        recover(dst)
+        _check_free(dst, kind, overwrite)
+    with _filled(dst, kind, overwrite) as tmp:
+        yield tmp
+
+
+@contextmanager
+def renewed_folder(dst: str | Path, kind: str) -> Iterator[Path]:
+    """`new_folder` for a part of a run's folder: it replaces what an earlier part of the run wrote, and takes over what others put there."""
+    dst = place(dst)
+    with writable(dst):
+        recover(dst)
+    with _filled(dst, kind, True) as tmp:
+        yield tmp
+
+
+@contextmanager
+def _filled(dst: Path, kind: str, overwrite: bool) -> Iterator[Path]:
+    with writable(dst):
         tmp, lock = _locked_sibling(dst)
+    placed = False
     try:
         with _full_disk_said(dst):
             yield tmp
         with writable(dst):
+            write_atomic(tmp / marks.NAME, marks.text(kind, marks.listed(tmp)))
             sync(tmp)
+            replaced = overwrite and dst.exists()
+            if replaced and marks.read(dst) is None:  # of a version without marks: what the new one has too is ours
+                again = set(marks.listed(dst)) & set(marks.listed(tmp))
+                write_atomic(dst / marks.NAME, marks.text(kind, sorted(again)))
             take_place(tmp, dst, overwrite)
-        sync_one(dst.parent)
+            placed = True
+            sync_one(dst.parent)
+            if replaced:
+                retire(tmp, dst)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if not placed:
+            shutil.rmtree(tmp, ignore_errors=True)
         os.close(lock)
+
+
+def retire(old: Path, new: Path | None, ours: marks.Ours = lambda path: False) -> None:
+    """Remove a folder that was replaced: what we wrote there goes, what others put there moves into `new`, where its name is free."""
+    found = marks.sort_out(old, ours)
+    for path in found.strangers:
+        target = None if new is None else new / path
+        if target is None or os.path.lexists(target):
+            log.warning("note: %s was not written by lumina and stays in %s", path, old)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (old / path).rename(target)
+    if marks.sort_out(old, ours).strangers:
+        found = found._replace(ours=[path for path in found.ours if path != marks.NAME])
+    _remove(old, found.ours)
+    _remove(old.parent, [f"{old.name}/"])
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file so that at every moment its old or its new content is there, whatever is killed."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
+    tmp = path.with_name(f".{path.name}{_TMP}{secrets.token_hex(4)}")
     with writable(path):
         try:
             with tmp.open("xb") as file:
@@ -57,9 +114,42 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         sync_one(path.absolute().parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to a file of ours, made where it is not there. InputError for a link, and for what is not a file of ours alone."""
+    with writable(path), locks.folder_of(path.parent) as folder:
+        fd = locks.own_file(path.name, folder, path.parent)
+        with os.fdopen(fd, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(text.encode())
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether a file or folder is what one of these functions was writing when it was killed, or is writing still."""
-    return path.name.startswith(".") and _MARK in path.name
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed runs left in a folder that nobody else writes: half-written files go, and a folder that was moved away comes back."""
+    for path in [path for path in folder.iterdir() if is_unfinished(path)]:
+        if path.is_dir() and not path.is_symlink():
+            recover(folder / re.split(r"\.lumina-(?:tmp|old)-", path.name[1:])[0])
+        elif path.is_file() or path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def empty(folder: Path, ours: marks.Ours) -> None:
+    """Remove all that is ours from a folder that stays, as what others put there does."""
+    _remove(folder, marks.sort_out(folder, ours).ours)
+
+
+def _remove(folder: Path, paths: list[str]) -> None:
+    """Files, and folders where nothing else is in them; what another process removed meanwhile is gone."""
+    for path in paths:
+        try:
+            (folder / path).rmdir() if path.endswith("/") else (folder / path).unlink()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
 
 def sync(folder: Path) -> None:
@@ -71,26 +161,14 @@ def sync(folder: Path) -> None:
 
 
 def sync_one(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def place(dst: str | Path, inputs: Iterable[Path] = ()) -> Path:
-    """The absolute path of a folder that is to be written; InputError for a link, and for one that holds an input of the run."""
-    with writable(dst):
-        if Path(dst).is_symlink():
-            raise InputError(f"{dst} is a link: name the folder itself, or remove the link")
-        place = Path(os.path.realpath(dst))
-        for path in inputs:
-            if Path(os.path.realpath(path)).is_relative_to(place):
-                raise InputError(f"{dst} holds {path}, which this run reads: give another place")
-    return place
-
-
-def _check_free(dst: Path, overwrite: bool) -> None:
+def _check_free(dst: Path, kind: str, overwrite: bool) -> None:
     if not dst.exists():
         return
     if not dst.is_dir():
@@ -99,15 +177,7 @@ def _check_free(dst: Path, overwrite: bool) -> None:
         raise InputError(f"{dst} exists: give a new place, or --overwrite to replace it")
     if Path.cwd().is_relative_to(dst):
         raise InputError(f"{dst} holds the current folder: it cannot be replaced from inside, give another place")
-
-
-@contextmanager
-def writable(dst: str | Path) -> Iterator[None]:
-    """An OSError of the block, such as a full disk, is an InputError that names `dst`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {dst}: {error.strerror or error}; give a place that can be written") from error
+    marks.check(dst, kind)
 
 
 @contextmanager
@@ -123,26 +193,33 @@ def _full_disk_said(dst: Path) -> Iterator[None]:
 
 def _locked_sibling(dst: Path) -> tuple[Path, int]:
     while True:
-        tmp = dst.with_name(f".{dst.name}{_MARK}{secrets.token_hex(4)}")
+        tmp = dst.with_name(f".{dst.name}{_TMP}{secrets.token_hex(4)}")
         tmp.mkdir()
-        with suppress(FileNotFoundError):  # another run took the fresh, not yet locked folder for a stale one
-            lock = os.open(tmp, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if tmp.exists():
-                return tmp, lock
-            os.close(lock)
+        with suppress(FileNotFoundError):  # another run took the fresh, not yet locked folder for an abandoned one
+            fd = os.open(tmp, os.O_RDONLY | os.O_CLOEXEC)
+            if locks.take(fd) is not False and tmp.exists():
+                return tmp, fd
+            os.close(fd)
 
 
-def _remove_stale(dst: Path) -> None:
-    prefix = f".{dst.name}{_MARK}"
-    for path in [p for p in dst.parent.iterdir() if p.name.startswith(prefix) and p.is_dir() and not p.is_symlink()]:
-        with suppress(FileNotFoundError, BlockingIOError):  # gone already, or its writer lives
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(fd)
+def recover(dst: Path) -> None:
+    """What killed runs left beside `dst`: an old one that made room for a new one that never came is put back, the rest goes."""
+    moved, unfinished = f".{dst.name}{_OLD}", f".{dst.name}{_TMP}"
+    found = [path for path in dst.parent.iterdir() if is_unfinished(path) and path.name.startswith((moved, unfinished))]
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
+    for path in sorted(found, key=lambda path: not path.name.startswith(moved)):  # what was there comes back first
+        with suppress(FileNotFoundError), locks.folder_of(path) as fd:
+            free = locks.take(fd)
+            if free is False:
+                continue
+            if path.name.startswith(moved) and not os.path.lexists(dst):
+                take_place(path, dst, overwrite=False)
+                sync_one(dst.parent)
+            elif free or time.time() - os.fstat(fd).st_mtime > DAY:
+                if marks.read(path) is None:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    retire(path, dst if dst.is_dir() else None)
 
 
 def take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
@@ -150,13 +227,20 @@ def take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
     exchange = overwrite and dst.exists()
     if _renameat2(tmp, dst, _EXCHANGE if exchange else _NOREPLACE):
         return
-    if exchange:  # this system cannot exchange: there is a moment without `dst`, but never one without both folders
-        old = dst.with_name(f".{dst.name}{_MARK}{secrets.token_hex(4)}")
+    if not exchange:
+        tmp.rename(dst)
+        return
+    # This system cannot exchange: there is a moment without `dst`, after which `recover` puts the old one back.
+    old = dst.with_name(f".{dst.name}{_OLD}{secrets.token_hex(4)}")
+    fd = os.open(dst, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        locks.take(fd)
         dst.rename(old)
         tmp.rename(dst)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        tmp.rename(dst)
+        sync_one(dst.parent)
+        old.rename(tmp)
+    finally:
+        os.close(fd)
 
 
 def _renameat2(src: Path, dst: Path, flags: int) -> bool:

@@ -1,0 +1,130 @@
+"""One writer at a time, by locks that the kernel gives back when their holder ends; and our own small files beside other people's.
+
+A file system without such locks (some NFS, some FUSE) is used without them, which is said once a place.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lumina_fn.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# EBADF: NFS locks only what is open for writing, which a folder never is.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
+
+
+def take(fd: int, wait: bool = False) -> bool | None:
+    """Lock an open file or folder for this process, until the descriptor is closed.
+
+    False where another process has it (with `wait`, once it is free), None where this file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        return None
+    return True
+
+
+def own_file(name: str, folder: int, where: Path) -> int:
+    """A descriptor of a small file of ours, made where it is not there. InputError for a link, or anything that is not ours alone.
+
+    `folder` is the descriptor of the folder `where`: whatever becomes of its path, the file lies in it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, 0o644, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise InputError(
+            f"{where / name} is a link, a folder or a pipe, where a file of our own is kept: remove it"
+        ) from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(fd)
+        raise InputError(f"{where / name} is another file too (a hard link), or none: remove it")
+    return fd
+
+
+@contextmanager
+def folder_of(path: Path) -> Iterator[int]:
+    """A descriptor of a folder, which is no link."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise InputError(f"{path} is a link or a file, where a folder of our own is kept: remove it") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def remove_own(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove the regular files of that name from a folder of ours; what else lies there stays."""
+    with folder_of(folder) as fd, os.scandir(fd) as entries:
+        for entry in list(entries):
+            if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=fd)
+
+
+@contextmanager
+def one_writer(out: Path) -> Iterator[None]:
+    """OUT is written by this process alone, while it lasts. InputError that names the other one.
+
+    The lock is a file beside OUT, `.NAME.lock`, since OUT itself may not be there yet; `held_folder` locks OUT too, for the
+    case that somebody cleans such files away.
+    """
+    name = f".{out.name}.lock"  # the root has no name, and is never free
+    with folder_of(out.parent) as parent:
+        while True:
+            fd = own_file(name, parent, out.parent)
+            try:
+                free = take(fd)
+                if free is False:
+                    raise InputError(f"{out} is being written by process {_pid(fd)}: wait for it or stop it")
+                if free is None:
+                    log.warning("note: %s has no locks: see that no second run writes %s", out.parent, out)
+                if not _is_there(fd, name, parent):  # removed between the opening and the lock
+                    continue
+                if (said := os.pread(fd, 32, 0)) and not said.strip().isdigit():
+                    raise InputError(f"{out.parent / name} is no lock of ours, which would have that name: remove it")
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                yield
+                return
+            finally:
+                os.close(fd)
+
+
+@contextmanager
+def held_folder(out: Path) -> Iterator[None]:
+    """OUT itself is locked too, while it lasts. InputError where another process holds it."""
+    with folder_of(out) as fd:
+        if take(fd) is False:
+            raise InputError(f"{out} is being written by another process: wait for it or stop it")
+        yield
+
+
+def _pid(fd: int) -> str:
+    said = os.pread(fd, 20, 0).strip()
+    return said.decode() if said.isdigit() else "(unknown)"
+
+
+def _is_there(fd: int, name: str, folder: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    return False
