@@ -62,6 +62,11 @@ def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> None
     """InputError for features that were made for another model, or that do not fill a step."""
     for features in mixture.sets:
         _of_model(run, features, cfg)
+        if n := features.unchecked():
+            world.say(
+                f"note: {n} shards of {features.folder} have no checksum (an earlier version wrote them): damage is not noticed; "
+                "the same experiments.pretokenize command adds them"
+            )
         if mixture.weights and not len(features):
             raise InputError(f"{features.folder} is empty: nothing to take its share from; leave it out")
     if mixture.steps_per_epoch(run.batch, run.last) == 0:
@@ -89,7 +94,7 @@ def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> None
 def _of_model(run: Any, features: data.FeatureSet, cfg: ModelConfig) -> None:
     if features.largest_id >= cfg.vocab:
         raise InputError(
-            f"{features.folder} holds id {features.largest_id}, {run.model} has ids 0 to {cfg.vocab - 1}: "
+            f"{features.folder} holds id {features.largest_id} ({features.where(cfg.vocab)}), {run.model} has ids 0 to {cfg.vocab - 1}: "
             "these features were made for another model; run experiments.pretokenize with this one"
         )
     if (run.model / "tokenizer.json").exists():

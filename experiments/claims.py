@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lumina_fn.disk import locks
+from lumina_fn.disk import locks, reading
+from lumina_fn.errors import InputError
 
 CLAIMS = ".claims"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CLAIM = re.compile(r"\d{5,}", re.ASCII)
 
 
@@ -39,8 +42,8 @@ def begin(folder: Path) -> None:
 
 def claimed(
     folder: Path, shards: Sequence[Shard], rank: int, size: int, *, wait: bool = False
-) -> Iterator[tuple[Shard, Callable[[], None]]]:
-    """Shards that are still to be made, each held by this process until the function beside it is called.
+) -> Iterator[tuple[Shard, Callable[[str], None]]]:
+    """Shards that are still to be made, each held by this process until the function beside it is called with its checksum.
 
     Each rank begins with its own, then takes what others have not begun; with `wait` also what somebody holds, once it is free.
     """
@@ -55,7 +58,21 @@ def claimed(
             if (folder / shard.name).exists():  # made between the look and the lock
                 os.close(lock)
                 continue
-            yield shard, lambda lock=lock: os.close(lock)
+            yield shard, partial(_release, lock)
+
+
+def _release(lock: int, sha256: str) -> None:
+    """Note the checksum of what was written, as it was in memory, and let go."""
+    os.pwrite(lock, sha256.encode(), 0)
+    os.close(lock)
+
+
+def checksum(folder: Path, shard: Shard) -> str | None:
+    """What was noted of a shard, None where nothing was."""
+    with suppress(InputError):
+        said = reading.text(folder / CLAIMS / f"{shard.number:05d}", 64, "a checksum")
+        return said if _SHA256.fullmatch(said) else None
+    return None
 
 
 def forget(folder: Path) -> None:

@@ -14,12 +14,12 @@ from PIL import Image
 from experiments import pretokenize
 from experiments.dataset_duplicates import Fingerprint, fingerprint
 from lumina_fn import data, dataset, images, shards
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.shards import Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
-MANIFEST = "manifest.jsonl"
 UNKNOWN = bytes(32).hex()  # SHA-256 of a file that was not there when its features were taken over
 Size = tuple[int, int]  # width and height in pixels
 
@@ -125,14 +125,12 @@ def at_entry(
 
 def read_manifest(features: data.FeatureSet) -> list[dict[str, Any]]:
     """Every input row of a feature set, done or quarantined; "item" is its place in the set, "sha256" is None where it is unknown. Raises InputError for another set's."""
-    path, again = features.folder / MANIFEST, "run experiments.pretokenize again"
+    path, again = features.folder / shards.MANIFEST, "run experiments.pretokenize again"
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {again}, or give a set that it wrote") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected the list of a feature set's rows; {again}") from error
+        entries = [json.loads(line) for _, line in reading.lines(path, f"the list of a set's rows; {again}") if line]
     except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not JSONL: {error}; {again}") from error
     places = {row: i for i, row in enumerate(shards.read_index(features.folder).rows.tolist())}
     for number, entry in enumerate(entries):

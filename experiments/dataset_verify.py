@@ -49,6 +49,17 @@ def verify(run: Verify) -> int:
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     features = data.FeatureSet(run.features)
+    damaged = list(features.damaged())
+    for fault in damaged:
+        print(printable(fault))
+    if damaged:
+        return 1
+    if n := features.unchecked():
+        print(
+            printable(
+                f"{n} shards have no checksum: an earlier version wrote them; run the same experiments.pretokenize again"
+            )
+        )
     done = {e["item"]: e for e in dataset_looks.read_manifest(features) if e["status"] == "done"}
     if not done:
         raise InputError(f"{run.features}: the set is empty; there is nothing to verify")

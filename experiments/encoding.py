@@ -52,10 +52,10 @@ def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) 
 
 
 def encode_shards(
-    claimed: Iterator[tuple[Shard, Callable[[], None]]], prepare: Callable[[int], Prepared | Rejected], encode: Encode,
-    write: Callable[[Shard, list[Feature], list[Rejected]], None], *, batch: int, workers: int, progress: Callable[[int], None],
+    claimed: Iterator[tuple[Shard, Callable[[str], None]]], prepare: Callable[[int], Prepared | Rejected], encode: Encode,
+    write: Callable[[Shard, list[Feature], list[Rejected]], str], *, batch: int, workers: int, progress: Callable[[int], None],
 ) -> Tally:  # fmt: skip
-    """Make every shard that is claimed; `progress` is told the rows that are done.
+    """Make every shard that is claimed; `progress` is told the rows that are done, a claim the checksum that `write` returns.
 
     Pictures of equal size among WINDOW batches of rows of a shard are encoded together: a function of the shard alone.
     """
@@ -95,9 +95,8 @@ def encode_shards(
     return Tally(rows, busy, time.perf_counter() - begin)
 
 
-def _written(write: Callable, shard: Shard, features: list, rejected: list, release: Callable[[], None]) -> None:
-    write(shard, features, rejected)
-    release()
+def _written(write: Callable, shard: Shard, features: list, rejected: list, release: Callable[[str], None]) -> None:
+    release(write(shard, features, rejected))
 
 
 def _groups(prepared: Sequence[Prepared], batch: int) -> Iterator[list[Prepared]]:

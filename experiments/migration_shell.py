@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.migration_words import Piece, Statement, Unknown, end_of, flat, statements
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
@@ -50,12 +51,7 @@ class Script:
 
 def read(path: Path) -> Script:
     """The script's variables and command. Raises InputError naming the line that cannot be understood."""
-    try:
-        if path.stat().st_size > MAX_SCRIPT:
-            raise InputError(f"{path} has more than {MAX_SCRIPT} bytes: expected the guide's script")
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); expected the guide's script") from error
+    text = reading.text(path, MAX_SCRIPT, "the guide's script")
     script, line = Script(path), 0
     try:
         for statement in statements(text):

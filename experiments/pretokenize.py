@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,12 +34,13 @@ from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards,
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
+from lumina_fn.features.parts import digest
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.shards import Feature, Origin, Rejected
+from lumina_fn.shards import MANIFEST, QUARANTINE, Feature, Origin, Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE
 
 SIZE_TEXT_PROBABILITY = 0.9  # of a prompt that says the picture's size
-MANIFEST, QUARANTINE, ORIGIN = "manifest.jsonl", "quarantine.jsonl", "origin.json"
+ORIGIN = "origin.json"  # what a set is begun with
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ def _encode(
     roots = _roots(run)
     ready = lambda i: prepare(i, rows[i], roots, tokenizer, run.size, run.seed)
 
-    def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> None:
+    def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
         with places.writable(out):
-            shards.write(out / shard.name, features, rejected, tokenizer.ids)
+            return shards.write(out / shard.name, features, rejected, tokenizer.ids)
 
     workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
     console = Console(stderr=True)
@@ -232,12 +233,20 @@ def _same(out: Path, now: dict[str, Any]) -> None:
 
 def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any], run: Settings) -> list[Rejected]:
     """The index and the manifest over all shards; what belongs to an earlier state of the set is removed."""
-    read = [(shard.name, shards.read(out / shard.name)) for shard in planned]
+    known = _checksums(out)
+    read = [
+        (
+            shard.name,
+            shards.read(out / shard.name),
+            claims.checksum(out, shard) or known.get(shard.name) or digest(out / shard.name),
+        )
+        for shard in planned
+    ]
     name_of = {i: row.get("file") if isinstance(row, dict) else None for i, row in enumerate(rows)}
-    rejected = [r for _, content in read for r in content.rejected]
+    rejected = [r for _, content, _ in read for r in content.rejected]
     told = (
         line
-        for name, content in read
+        for name, content, _ in read
         for line in shards.manifest(name, content, name_of, lambda size: _crop(size, run.size))
     )
     with places.writable(out):
@@ -250,6 +259,13 @@ def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]
             if path.name not in kept and shards.is_ours(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
     return rejected
+
+
+def _checksums(out: Path) -> dict[str, str | None]:
+    """By shard, those of the set that OUT was before, where it was one."""
+    with suppress(InputError):
+        return {entry.file: entry.sha256 for entry in shards.read_index_file(out).shards}
+    return {}
 
 
 def _crop(source: tuple[int, int], target: int) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from experiments.distributed import World
 from experiments.run_folder import METRICS
 from lumina_fn import manifest, saved_state, shards
 from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import CHECKPOINTS
 from lumina_fn.saved_state import Saving
@@ -109,7 +109,7 @@ def identity(
         chosen["steps"] = settings.steps  # where the rate ends at 0
     chosen |= {name: getattr(settings, name) for name in LATER}
     sets = [
-        (hashlib.sha256((folder / shards.INDEX).read_bytes()).hexdigest(), str(weight or ""))
+        (hashlib.sha256(reading.contents(folder / shards.INDEX, reading.MAX_JSON, shards.EXPECTED)).hexdigest(), str(weight or ""))
         for folder, weight in feature_folders.named(settings.features)
     ]
     about = {
@@ -152,10 +152,10 @@ def cut_back(out: Path, step: int, world: World) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for _, line in reading.lines(path, "the lines of a run's metrics"):
         with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
     files.write_atomic(path, "".join(kept))
 
 

@@ -23,7 +23,7 @@ from experiments import settings
 from experiments.settings import EnvCheck
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
-from lumina_fn.disk import files, places
+from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids
@@ -87,14 +87,7 @@ def read_prompts(run: Settings) -> list[str]:
         lines, where = [run.prompt], "--prompt"
     else:
         where = str(run.prompts)
-        try:
-            lines = run.prompts.read_text(encoding="utf-8-sig").split("\n")
-        except OSError as error:
-            raise InputError(f"{where}: {error.strerror}; expected a text file with one prompt per line") from error
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8, one prompt per line"
-            ) from error
+        lines = reading.text(run.prompts, expected="a text file with one prompt per line").split("\n")
     captions = [line.rstrip("\r") for line in lines if line.strip()]
     if not captions:
         raise InputError(f"{where}: no prompt in it; expected at least one")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumina_fn import model, names, sharding, sources, tensor_files, vq
 from lumina_fn.config import ModelConfig, VQConfig
-from lumina_fn.disk import files
+from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import steps, verify
 from lumina_fn.saved_state import restore, save
@@ -220,7 +220,7 @@ def write_native(
 
 def copy_companions(folder: Path, companions: Mapping[str, Path]) -> None:
     for name, path in companions.items():
-        (folder / name).write_bytes(path.read_bytes())
+        (folder / name).write_bytes(reading.contents(path, reading.MAX_TEXT, "a file that travels with a model"))
 
 
 def write_json(path: Path, value: object) -> None:

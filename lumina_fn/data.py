@@ -3,7 +3,7 @@
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from jaxtyping import Int, Integer
 
 from lumina_fn import prompt, shards
 from lumina_fn.errors import InputError
+from lumina_fn.features.parts import Parts, whole
 from lumina_fn.loss import Batch
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.shards import Feature
 from lumina_fn.vocab import IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
 
+_PARTS = ("text", "codes")
 _ORDER, _DROP = 1, 2  # what a generator is for; its key starts with it
 
 Item = tuple[list[int], list[int]]  # ids and labels, equally long
@@ -109,7 +111,7 @@ class FeatureSet(Sequence[Item]):
         self._ends = [
             np.concatenate([[0], np.cumsum(n)]) for n in sizes
         ]  # of texts and of codes, end to end over all shards
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, Parts] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -124,26 +126,50 @@ class FeatureSet(Sequence[Item]):
         return Feature(int(self._rows[i]), text.tolist(), codes)
 
     def text_and_codes(self, i: int) -> tuple[Int[np.ndarray, " T"], Integer[np.ndarray, "h w"]]:
-        """The ids before item i's picture, and the picture's codes."""
+        """The ids before item i's picture, and the picture's codes. Raises InputError where its shard is damaged."""
         i = range(len(self))[i]  # negative indices, IndexError
         s = bisect_right(self._starts, i) - 1
         first = self._starts[s]
-        span = lambda ends: slice(int(ends[i] - ends[first]), int(ends[i + 1] - ends[first]))
-        text, codes = (
-            self._shard(s).get_slice(name)[span(ends)] for name, ends in zip(("text", "codes"), self._ends, strict=True)
-        )
+        spans = (slice(int(ends[i] - ends[first]), int(ends[i + 1] - ends[first])) for ends in self._ends)
+        text, codes = self._shard(s).slices(dict(zip(_PARTS, spans, strict=True)))
+        if (codes.size and codes.max() >= self.origin.ids.codes) or (
+            text.size and not 0 <= text.min() <= text.max() <= self.largest_id
+        ):
+            raise InputError(
+                f"{self.folder / self._entries[s].file}: row {self._rows[i]} holds ids that its set has not: it is damaged; "
+                "run experiments.pretokenize again"
+            )
         return text, codes.reshape(self._lengths[i, 1:])
 
-    def _shard(self, s: int) -> Any:
+    def where(self, limit: int) -> str:
+        """The shard and the row of the first item with an id that is `limit` or larger."""
+        for entry, first in zip(self._entries, self._starts, strict=False):
+            for i in range(first, first + entry.count):
+                if shards.largest_id(self.feature(i), self.origin.ids) >= limit:
+                    return f"row {self._rows[i]} in {entry.file}"
+        return "none of its rows"
+
+    def damaged(self) -> Iterator[str]:
+        """What is wrong with each shard that is not as it was written; every file is read."""
+        for s in range(len(self._entries)):
+            try:
+                self._shard(s)
+            except InputError as error:
+                yield str(error)
+
+    def unchecked(self) -> int:
+        """Shards without a checksum: those of a set that an earlier version wrote."""
+        return sum(entry.sha256 is None for entry in self._entries)
+
+    def _shard(self, s: int) -> Parts:
         if s not in self._open:
             entry = self._entries[s]
-            counts = [[int(ends[self._starts[s + 1]] - ends[self._starts[s]])] for ends in self._ends]
-            file = shards.open_items(self.folder / entry.file)
-            if [file.get_slice(name).get_shape() for name in ("text", "codes")] != counts:
-                raise InputError(
-                    f"{self.folder / entry.file}: its items are not the index's; run experiments.pretokenize again"
-                )
-            self._open[s] = file
+            counts = [int(ends[self._starts[s + 1]] - ends[self._starts[s]]) for ends in self._ends]
+            shard = Parts(self.folder / entry.file, entry.sha256)
+            with whole(shard.path):
+                if [shard.count(name) for name in _PARTS] != counts:
+                    raise ValueError("its items are not the index's")
+            self._open[s] = shard
         return self._open[s]
 
     def lengths(self) -> Int[np.ndarray, " n"]:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
 # A string, or a comma before a closing bracket: whatever stands in a string is not a comma. One that does not end goes to the end,
 # and nothing is tried twice: the search takes a time that grows with the text, not with its square.
 _TRAILING_COMMA = re.compile(r'"(?:[^"\\]++|\\.)*+"?|,(?=\s*+[\]}])', re.DOTALL)
+EXPECTED = "a list of file and prompt as JSON or JSONL"
+MAX_LIST = 1 << 30  # bytes of a JSON list: ten million rows
 DEPTH = 100  # of what a row may hold: far below where Python's own recursion ends
 
 
@@ -29,32 +32,34 @@ class NotJson(NamedTuple):
 def read_rows(path: Path) -> list[Any]:
     """The rows of a JSON list or of JSONL, trailing commas allowed; what they hold is for `row` to judge.
 
-    Raises InputError for a file that is neither. A single bad line of JSONL becomes a `NotJson`.
+    Raises InputError for a file that is neither. A single bad line of JSONL becomes a `NotJson`. A list is read whole, of at most
+    MAX_LIST bytes; JSONL may be longer.
     """
-    try:
-        if not path.is_file():
-            raise InputError(
-                f"{path}: {'not a file' if path.exists() else 'no such file'}; expected a list of file and prompt as JSON or JSONL"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}") from error
-    if not text.strip():
-        raise InputError(f'{path}: the file is empty; expected rows of {{"file": ..., "prompt": ...}}')
-    try:
-        rows = _loads(text)
-    except (ValueError, RecursionError) as error:
-        if not text.lstrip().startswith("{"):
-            raise InputError(f"{path}: neither JSON nor JSONL: {error}") from error
-        rows = [_line(line) for line in text.split("\n") if line.strip()]
+    with reading.opened(path, EXPECTED) as file:
+        size, begins = os.fstat(file.fileno()).st_size, file.read(4096)
+    if size > MAX_LIST and begins.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        rows: Any = [
+            _line(reading.decoded(line, path, EXPECTED)) for _, line in reading.lines(path, EXPECTED) if line.strip()
+        ]
+    else:
+        rows = _parsed(reading.text(path, MAX_LIST, EXPECTED + ", one row a line where it is long"), path)
     rows = [rows] if isinstance(rows, dict) else rows  # JSONL of one line
     if not isinstance(rows, list):
         raise InputError(f'{path}: expected a list of {{"file": ..., "prompt": ...}}, found {type(rows).__name__}')
     if not rows:
         raise InputError(f'{path}: the dataset is empty; expected rows of {{"file": ..., "prompt": ...}}')
     return [NotJson("brackets are nested too deeply") if _deeper(value, DEPTH) else value for value in rows]
+
+
+def _parsed(text: str, path: Path) -> Any:
+    if not text.strip():
+        raise InputError(f'{path}: the file is empty; expected rows of {{"file": ..., "prompt": ...}}')
+    try:
+        return _loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("{"):
+            raise InputError(f"{path}: neither JSON nor JSONL: {error}") from error
+        return [_line(line) for line in text.split("\n") if line.strip()]
 
 
 def _deeper(value: Any, depth: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lumina_fn import safe_pickle, tensor_files, torch_zip
-from lumina_fn.disk import within
+from lumina_fn.disk import reading, within
 from lumina_fn.errors import InputError, printable
 from lumina_fn.safe_pickle import Global, Record
 from lumina_fn.tensor_files import Later, Stored
@@ -127,7 +127,7 @@ def _assembled(tensor: Described, parts: list[tuple[Chunk, Stored]]) -> Stored |
 def _read(
     path: Path, wanted: Callable[[str], bool]
 ) -> tuple[dict[str, Described], dict[tuple[str, Sizes], Place], list[str]]:
-    with path.open("rb") as file:
+    with reading.opened(path, "the metadata of a distributed checkpoint") as file:
         data = file.read(MAX_BYTES + 1)
     top = _fields(safe_pickle.loads(data, _CLASSES, MAX_BYTES, MAX_OPS), _METADATA)
     entries, storage = top.get("state_dict_metadata"), top.get("storage_data")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumina_fn import dataset, plain_pickle
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import LARGEST_ID, Tokenizer
 from lumina_fn.shards import Feature
@@ -107,9 +108,7 @@ def _place(folder: Path, file: str, moved: bool) -> Path:
 def item(path: Path, record: Record) -> tuple[list[int], list[int]]:
     """The ids and labels in a file, as many as its record says. Raises InputError."""
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError(f"the file has more than {MAX_FILE} bytes")
-        data = path.read_bytes()
+        data = reading.contents(path, MAX_FILE, "a file of extracted features")
         value = plain_pickle.loads(_zipped(data) if path.suffix == ".pt" else data)
     except (
         OSError,

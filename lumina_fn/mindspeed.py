@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lumina_fn import dcp, tensor_files, torch_zip
-from lumina_fn.disk import within
+from lumina_fn.disk import reading, within
 from lumina_fn.errors import InputError, printable
 from lumina_fn.tensor_files import Later, Stored
 
@@ -68,7 +68,7 @@ def read(path: Path, base: Stored | Later | None) -> Found:
 
 
 def _newest(path: Path) -> tuple[Path, str]:
-    with (path / ITERATION).open("rb") as file:
+    with reading.opened(path / ITERATION, "`release` or an iteration's number") as file:
         text = file.read(64).strip()
     if text == b"release":
         return path / "release", "a MindSpeed release folder"

@@ -6,28 +6,31 @@ file that is replaced: what it names was there before it, so a set is at every m
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from msgspec import Meta
+from safetensors.numpy import load, save
 
-from lumina_fn.disk import files, within
+from lumina_fn.disk import files, reading, within
 from lumina_fn.errors import InputError
+from lumina_fn.features.parts import EXPECTED, Parts, whole
 from lumina_fn.vocab import CODES_PER_PATCH, Ids
 
 FORMAT = "lumina_fn/features/2"
 KIND = "features"  # in the mark of a set's folder
-INDEX = "features.json"
+INDEX, MANIFEST, QUARANTINE = "features.json", "manifest.jsonl", "quarantine.jsonl"
+MAX_INDEX = 1 << 30  # bytes of rows and lengths: 50 million items
 SHARD_ITEMS = 1024  # 19 MB at 768 px
 KEY = 12  # hex digits of a hash, in names
+Natural = Annotated[int, Meta(ge=0, le=1 << 53)]
 _ABOUT = (
     "about"  # the one entry of a shard's metadata: several would stand in any order, and shards are compared bytewise
 )
@@ -60,12 +63,28 @@ class Origin:
     vq: str  # fingerprint; empty: unknown
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """A shard as the index knows it."""
 
     file: str
-    count: int  # of its items
-    bytes: int
+    count: Natural  # of its items
+    bytes: Natural
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = (
+        None  # of the file; an older version's index has none
+    )
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """What INDEX holds, as JSON."""
+
+    format: Literal["lumina_fn/features/2"]
+    count: Natural
+    largest_id: Natural
+    origin: Origin
+    items: str  # a file's name
+    shards: list[Entry]
 
 
 class Content(NamedTuple):
@@ -91,10 +110,10 @@ def is_ours(name: str) -> bool:
     return name == INDEX or _OURS.fullmatch(name) is not None
 
 
-def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected], ids: Ids) -> None:
-    """One shard. It appears whole, by a rename; the same features give the same bytes."""
+def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected], ids: Ids) -> str:
+    """One shard; returns its SHA-256. It appears whole, by a rename; the same features give the same bytes."""
     end_to_end = lambda parts, dtype: np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="unsafe")
-    about = {"largest_id": max((_largest_id(f, ids) for f in features), default=-1), "rejected": rejected}
+    about = {"largest_id": max((largest_id(f, ids) for f in features), default=-1), "rejected": rejected}
     shard = {
         "rows": np.array([f.row for f in features], np.int64),
         "lengths": np.array([(len(f.text), *f.codes.shape) for f in features], np.int32).reshape(-1, 3),
@@ -103,47 +122,35 @@ def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected],
         "codes": end_to_end([f.codes.ravel() for f in features], np.uint16),
         "sha256": np.frombuffer(b"".join(f.sha256 for f in features), np.uint8).reshape(-1, 32),
     }
-    files.write_atomic(path, save(shard, metadata={_ABOUT: json.dumps(about)}))
+    data = save(shard, metadata={_ABOUT: json.dumps(about)})
+    files.write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def _largest_id(feature: Feature, ids: Ids) -> int:
+def largest_id(feature: Feature, ids: Ids) -> int:
+    """The largest of an item's ids."""
     size = ids.size0 + max(feature.codes.shape) // CODES_PER_PATCH
     return max(*feature.text, size, ids.code0 + int(feature.codes.max()), ids.start, ids.end, ids.newline, ids.sep)
 
 
 def read(path: Path) -> Content:
     """Raises InputError for a file that is no shard, or not whole."""
-    with _whole(path):
-        file = safe_open(path, framework="np")
-        about = json.loads(file.metadata()[_ABOUT])
-        lengths = file.get_tensor("lengths").astype(np.int64)
-        content = Content(
-            file.get_tensor("rows"), lengths, file.get_tensor("sha256"), file.get_tensor("sources"),
-            [Rejected(*r) for r in about["rejected"]], int(about["largest_id"]),
-        )  # fmt: skip
-        ends = [[int(lengths[:, 0].sum())], [int((lengths[:, 1] * lengths[:, 2]).sum())]]
-        if [file.get_slice(part).get_shape() for part in ("text", "codes")] != ends:
+    shard = Parts(path)
+    with whole(path):
+        about = reading.parsed(About, shard.about[_ABOUT], path, EXPECTED)
+        rows, lengths, sha256, sources = (shard.array(name) for name in ("rows", "lengths", "sha256", "sources"))
+        n, lengths = len(rows), lengths.astype(np.int64)
+        if (rows.shape, lengths.shape, sha256.shape, sources.shape) != ((n,), (n, 3), (n, 32), (n, 2)):
+            raise ValueError("its parts have different lengths")
+        ends = [int(lengths[:, 0].sum()), int((lengths[:, 1] * lengths[:, 2]).sum())]
+        if (n and lengths.min() < 0) or [shard.count(part) for part in ("text", "codes")] != ends:
             raise ValueError("lengths disagree")
-        return content
+    return Content(rows, lengths, sha256, sources, [Rejected(*r) for r in about.rejected], about.largest_id)
 
 
-def open_items(path: Path) -> Any:
-    """The shard's texts and codes, of which `get_slice` reads a part from mapped pages."""
-    with _whole(path):
-        return safe_open(path, framework="np")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """An error of the block is an InputError that names the shard."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: {error}: the feature set is not whole; run experiments.pretokenize again") from error
-
-
-def finish(folder: Path, origin: Origin, shards: Sequence[tuple[str, Content]]) -> int:
-    """Make these shards the set that lies in the folder; returns how many items it has."""
+def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]]) -> int:
+    """Make these shards (name, content, SHA-256) the set that lies in the folder; returns how many items it has."""
+    shards = [(name, content) for name, content, _ in made]
     rows, lengths = (
         np.concatenate([np.zeros((0, *shape), dtype), *(getattr(content, part) for _, content in shards)], dtype=dtype)
         for part, shape, dtype in (("rows", (), np.int64), ("lengths", (3,), np.int32))
@@ -151,18 +158,18 @@ def finish(folder: Path, origin: Origin, shards: Sequence[tuple[str, Content]]) 
     items = save({"rows": rows, "lengths": lengths})
     file = f"index-{hashlib.sha256(items).hexdigest()[:KEY]}.safetensors"
     files.write_atomic(folder / file, items)
-    entries = [Entry(name, len(content.rows), (folder / name).stat().st_size) for name, content in shards]
+    entries = [Entry(name, len(content.rows), (folder / name).stat().st_size, sha256) for name, content, sha256 in made]
     largest = max((content.largest_id for _, content in shards), default=-1)
     index = {"format": FORMAT, "count": len(rows), "largest_id": max(largest, 0), "origin": asdict(origin)}
-    index |= {"items": file, "shards": [entry._asdict() for entry in entries]}
+    index |= {"items": file, "shards": [asdict(entry) for entry in entries]}
     files.write_atomic(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return len(rows)
 
 
 def names(folder: Path) -> set[str]:
     """The files of a finished set that `FeatureSet` reads."""
-    index = json.loads((folder / INDEX).read_bytes())
-    return {INDEX, index["items"], *(entry["file"] for entry in index["shards"])}
+    index = read_index_file(folder)
+    return {INDEX, index.items, *(entry.file for entry in index.shards)}
 
 
 def write_features(folder: Path, features: Iterable[Feature], origin: Origin) -> int:
@@ -171,9 +178,17 @@ def write_features(folder: Path, features: Iterable[Feature], origin: Origin) ->
     while part := list(islice(features, SHARD_ITEMS)):
         key = hashlib.sha256(repr((asdict(origin), part[0].row, part[-1].row)).encode()).hexdigest()
         shard = folder / name(len(shards), key)
-        write(shard, part, [], origin.ids)
-        shards.append((shard.name, read(shard)))
+        sha256 = write(shard, part, [], origin.ids)
+        shards.append((shard.name, read(shard), sha256))
     return finish(folder, origin, shards)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a shard's metadata says."""
+
+    largest_id: int
+    rejected: list[tuple[Natural, str | None, str]]
 
 
 class Index(NamedTuple):
@@ -186,53 +201,41 @@ class Index(NamedTuple):
     lengths: Int[np.ndarray, "n 3"]
 
 
-def read_index(folder: Path) -> Index:
-    """Raises InputError for a folder that is no feature set, or not whole. Shards are looked at, and not opened."""
+def read_index_file(folder: Path) -> IndexFile:
+    """Raises InputError for a folder that is no feature set."""
     path = folder / INDEX
     if path.exists():
         within.file(folder, INDEX)
-    try:
-        index = json.loads(path.read_bytes())
-        if index["format"] != FORMAT:
-            raise InputError(
-                f"{path}: format {index['format']!r}, expected {FORMAT!r}; run experiments.pretokenize again"
-            )
-        origin = dict(index["origin"])
-        origin = Origin(**{**origin, "ids": Ids(**origin["ids"])})
-        entries = [Entry(Path(e["file"]).name, e["count"], e["bytes"]) for e in index["shards"]]
-        numbers = (
-            index["largest_id"],
-            index["count"],
-            *asdict(origin.ids).values(),
-            *(n for e in entries for n in e[1:]),
-        )
-        if any(type(n) is not int for n in numbers):
-            raise TypeError("ids, counts and sizes must be whole numbers")
-        if type(origin.tokenizer) is not str:
-            raise TypeError("a fingerprint must be text")
-        file = folder / Path(index["items"]).name
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a folder written by experiments.pretokenize") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}: not the index of a feature set: {error!r}; run experiments.pretokenize again"
-        ) from error
-    for entry in entries:
-        with _whole(folder / entry.file):
+    index = reading.json_of(IndexFile, path, EXPECTED)
+    for name in (index.items, *(entry.file for entry in index.shards)):
+        if Path(name).name != name:
+            raise InputError(f"{path} is damaged: {name!r} is no file's name; expected {EXPECTED}")
+    return index
+
+
+def read_index(folder: Path) -> Index:
+    """Raises InputError for a folder that is no feature set, or not whole. Shards are looked at, and not opened."""
+    index = read_index_file(folder)
+    for file in (MANIFEST, QUARANTINE):
+        if os.path.lexists(folder / file):
+            within.file(folder, file)
+    for entry in index.shards:
+        with whole(folder / entry.file):
             if (size := within.file(folder, entry.file).stat().st_size) != entry.bytes:
                 raise ValueError(f"{size} bytes, not {entry.bytes}")
-    with _whole(file):
-        items = safe_open(within.file(folder, file.name), framework="np")
-        rows, lengths = items.get_tensor("rows"), items.get_tensor("lengths")
-        if not len(rows) == len(lengths) == index["count"] == sum(e.count for e in entries) or lengths.shape[1:] != (
-            3,
-        ):
+    file = folder / index.items
+    with whole(file):
+        data = reading.contents(within.file(folder, file.name), MAX_INDEX, EXPECTED)
+        if _OURS.fullmatch(file.name) and file.name[6 : 6 + KEY] != hashlib.sha256(data).hexdigest()[:KEY]:
+            raise ValueError("its checksum differs from its name's: it is damaged")
+        items = load(data)
+        rows, lengths = items["rows"], items["lengths"]
+        counts = {len(rows), len(lengths), index.count, sum(e.count for e in index.shards)}
+        if len(counts) != 1 or rows.shape != (index.count,) or lengths.shape[1:] != (3,):
             raise ValueError("counts disagree")
         if len(lengths) and lengths.min() < 0:
             raise ValueError("a length is negative")
-    return Index(origin, index["largest_id"], entries, rows, lengths)
+    return Index(index.origin, index.largest_id, index.shards, rows, lengths)
 
 
 def manifest(

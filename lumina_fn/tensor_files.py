@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -20,7 +22,7 @@ CHUNK = 8 << 20
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U16": torch.uint16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -64,7 +66,7 @@ def chunks(source: Source) -> Iterator[bytes | memoryview]:
 
 def _raw(source: Stored) -> Iterator[bytes]:
     left, crc = source.nbytes, 0
-    with source.file.open("rb") as file:
+    with reading.opened(source.file, "a file of tensors") as file:
         file.seek(source.offset)
         while left:
             data = file.read(min(CHUNK, left))
@@ -106,8 +108,13 @@ def _fill(out: Tensor, source: Source) -> None:
 
 def safetensors_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file; InputError if the file is truncated or its header contradicts itself."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    return safetensors_file(path)[0]
+
+
+def safetensors_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """`safetensors_header`, and the texts of the file's metadata."""
+    with reading.opened(path, "a safetensors file") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise InputError(
@@ -118,7 +125,7 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        about = dict(header.pop("__metadata__", None) or {})
         found = {name: _located(path, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} has a damaged safetensors header ({type(error).__name__}): get it again") from error
@@ -131,7 +138,7 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
         raise InputError(
             f"{path} has {size} bytes where its header says {end}: it is truncated or damaged, get it again"
         )
-    return found
+    return found, about
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

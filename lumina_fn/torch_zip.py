@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from lumina_fn import safe_pickle
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.tensor_files import Source, Stored, chunks, size_of
 
@@ -33,7 +34,7 @@ class _Bounded(io.FileIO):
     """Bytes begin .. begin + length of a file, as a file; it refuses the one large read there could be, of an endless list of members."""
 
     def __init__(self, path: Path, begin: int = 0, length: int | None = None) -> None:
-        super().__init__(path, "r")
+        super().__init__(reading.descriptor(path), "r")
         self.begin = begin
         self.end = super().seek(0, io.SEEK_END) if length is None else begin + length
         self.seek(0)

@@ -1,9 +1,11 @@
 """Looking at datasets: what a report counts, that strangers' text stays text, that duplicates are found, and that verify notices."""
 
+import hashlib
 import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,8 +247,13 @@ def test_verify_names_what_changed(call, tmp_path):
     begin = data_begin(content, "codes") + 2 * entry["offset"]
     content[begin] ^= 1
     shard.write_bytes(content)
+    code, out, _ = call("verify", features, "--data", path, "--vq", VQ)
+    assert (code, out.splitlines()[1].startswith(f"{shard}: it is damaged (its checksum")) == (1, True)
+    index = json.loads((features / "features.json").read_text())
+    index["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()
+    (features / "features.json").write_text(json.dumps(index))
     code, out, _ = call("verify", features, "--data", path, "--vq", VQ, "--model", MODEL)
-    lines = out.splitlines()[1:]  # the first is pretokenize's
+    lines = out.splitlines()
     assert code == 1
     assert lines[0].startswith("row 0 (images/0.png): the source changed")
     assert lines[1].startswith("row 2 (images/2.png): the source cannot be read now: no such file")
@@ -281,7 +288,8 @@ def taken_over(tmp_path):
     features = [shards.Feature(0, [1, 2], codes), shards.Feature(1, [1, 2, 3], codes + 9999)]
     folder = tmp_path / "taken_over"
     folder.mkdir()
-    shards.write_features(folder, features, shards.Origin(64, 0, tokenizer.ids, tokenizer.fingerprint, ""))
+    ids = replace(tokenizer.ids, codes=16_384)
+    shards.write_features(folder, features, shards.Origin(64, 0, ids, tokenizer.fingerprint, ""))
     lines = [{"row": i, "file": f"{i}.pt", "status": "done", "sha256": bytes(32).hex()} for i in range(2)]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

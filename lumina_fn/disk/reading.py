@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
@@ -103,9 +103,15 @@ def json_of(kind: type[T], path: Path, expected: str, limit: int = MAX_JSON) -> 
 def parsed(kind: type[T], data: bytes | str, path: Path, expected: str) -> T:
     """JSON text of the file `path` as a value of `kind`. Raises InputError as `json_of` does."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        # Not msgspec's own parser: a file's name may hold half of a surrogate pair, which is no UTF-8.
+        value = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise InputError(printable(f"{path} is damaged ({error}); expected {expected}")) from error
+    return checked(kind, value, path, expected)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def checked(kind: type[T], value: Any, where: Path | str, expected: str) -> T:

@@ -1,11 +1,9 @@
 """Files of a folder that a stranger packed: each must lie in it, and JSON must be an object of a bearable size."""
 
-import json
 from pathlib import Path
 
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError, printable
-
-MAX_JSON = 64 << 20  # bytes
 
 
 def root(folder: Path) -> Path:
@@ -28,14 +26,4 @@ def file(folder: Path, name: str, top: Path | None = None) -> Path:
 
 def read_json(path: Path) -> dict:
     """A JSON object; InputError for anything else."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing or not a regular file")
-    if path.stat().st_size > MAX_JSON:
-        raise InputError(f"{path} has more than {MAX_JSON} bytes: not a model's")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({printable(error)}): it is truncated or damaged") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value
+    return reading.json_object(path, "a model's JSON file")

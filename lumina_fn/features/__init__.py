@@ -1,0 +1,1 @@
+"""What a model is trained on: pictures and captions that became ids and codes, in files."""
