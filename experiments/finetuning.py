@@ -56,28 +56,41 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
         state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
         if world.rank == 0:
             world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
-        kept = Checkpoints(
-            out / CHECKPOINTS, run, range(start, run.steps), mesh, world.background_barrier(), about, totals
-        )
+        kept = Checkpoints(out / CHECKPOINTS, run, range(start, run.steps), mesh, world, about, totals)
         state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
+        good = resuming.is_good(state, world)
         if stopped is not None:
-            world.say(
-                resuming.farewell(argv, stopped, int(state.step), saved=run.save_every > 0, alone=world.ending is None)
-            )
+            if not good:
+                world.say(f"note: {_since(state)}: nothing after step {kept.last} is saved")
+            world.say(resuming.farewell(argv, stopped, kept.last, saved=run.save_every > 0, alone=world.ending is None))
             return 128 + stopped
-        broken = int(state.streak) >= STREAK
-        folder = run.out / (run_folder.LAST_GOOD if broken else run_folder.MODEL)
+        if not good:
+            return _broken(run, world, state, cfg, stored, out)
+        folder = run.out / run_folder.MODEL
         checkpoint.renew_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
-        if world.rank == 0 and not broken:
+        if world.rank == 0:
             run_folder.finish(out, int(state.step))
-    if broken:
-        world.say(
-            f"error: the last {int(state.streak)} steps had no finite loss and gradient; the parameters before them are in "
-            f"{folder}: try a smaller --lr, or --dtype float32"
-        )
-        return 1
     print(f"{int(state.step)} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
     return 0
+
+
+def _broken(run: Settings, world: World, state: TrainState, cfg: ModelConfig, stored: torch.dtype, out: Path) -> int:
+    """The end of a run whose parameters are not to be believed: the last that are become a model of their own."""
+    step = resuming.last_good(out / CHECKPOINTS, state) if world.rank == 0 else None
+    where = f"no checkpoint is older: what it began with, {run.model}, is the last that is known to be good"
+    if step is not None:
+        folder = out / run_folder.LAST_GOOD
+        checkpoint.renew_from_checkpoint(folder, out / CHECKPOINTS, step, cfg, source=run.model, dtype=stored)
+        where = f"those of step {step}, the last that are known to be good, are in {folder}"
+    world.say(f"error: {_since(state)}; {where}; try a smaller --lr, or --dtype float32")
+    return 1
+
+
+def _since(state: TrainState) -> str:
+    """Since when a state is not good."""
+    if streak := int(state.streak):
+        return f"there was no finite loss and gradient since step {int(state.step) - streak + 1}"
+    return f"step {int(state.step)} left parameters or moments that are not finite"
 
 
 def _state(

@@ -5,7 +5,7 @@ import json
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from experiments import feature_folders
 from experiments.distributed import World
 from experiments.run_folder import METRICS
-from lumina_fn import manifest, saved_state, shards
+from lumina_fn import manifest, saved_state, shards, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
@@ -38,14 +38,15 @@ class Checkpoints:
     """Those of a run, written one at a time while it goes on."""
 
     def __init__(
-        self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, barrier: Callable[[], None],
-        about: Mapping[str, Any], totals: Mapping[str, float],
+        self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, world: World, about: Mapping[str, Any],
+        totals: Mapping[str, float],
     ):  # fmt: skip
         self.folder, self.every = folder, settings.save_every
         self.keep, self.keep_every = settings.keep, settings.keep_every
-        self.steps, self.mesh, self.barrier, self.about, self.totals = steps, mesh, barrier, about, totals
+        self.steps, self.mesh, self.world, self.about, self.totals = steps, mesh, world, about, totals
+        self.last = steps.start  # the step that was saved last, or that the run went on from
+        self._barrier = world.background_barrier()
         self._saving: Saving | None = None
-        self._last = steps.start
 
     def save_if_due(self, step: int, state: TrainState) -> None:
         """Raises InputError, as `save` and `wait` do, where this checkpoint or the one before it could not be written."""
@@ -55,21 +56,34 @@ class Checkpoints:
             self.save(step, state)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Once more, whatever `every` says, unless this step was saved."""
+        """Once more, whatever `every` says, unless this step was saved; a state that is not good is not saved."""
         self.wait()
-        if step == self._last or not self.every:
+        if step == self.last or not self.every or not is_good(state, self.world):
             return
         meta = {**self.about, "totals": dict(self.totals), "data": {"steps": step}}
         self._saving = saved_state.save(
-            self.folder, step, state, meta, self.mesh, barrier=self.barrier, keep=self.keep, keep_every=self.keep_every
+            self.folder, step, state, meta, self.mesh, barrier=self._barrier, keep=self.keep, keep_every=self.keep_every
         )
-        self._last = step
+        self.last = step
 
     def wait(self) -> None:
         """Until what is being written is."""
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
+
+
+def is_good(state: TrainState, world: World) -> bool:
+    """Whether the last step was taken, and left finite numbers on every rank. Every rank asks at the same place."""
+    return int(state.streak) == 0 and world.total(not train.is_finite(state)) == 0
+
+
+def last_good(checkpoints: Path, state: TrainState) -> int | None:
+    """The last step that was saved and whose parameters then had a finite loss; None where there is none."""
+    taken = int(state.step) - int(
+        state.streak
+    )  # the last step with a finite loss, which is that of the parameters before it
+    return max((step for step in manifest.steps(checkpoints) if step < taken), default=None)
 
 
 def starting_step(checkpoints: Path, resume: str) -> int:
@@ -109,7 +123,10 @@ def identity(
         chosen["steps"] = settings.steps  # where the rate ends at 0
     chosen |= {name: getattr(settings, name) for name in LATER}
     sets = [
-        (hashlib.sha256(reading.contents(folder / shards.INDEX, reading.MAX_JSON, shards.EXPECTED)).hexdigest(), str(weight or ""))
+        (
+            hashlib.sha256(reading.contents(folder / shards.INDEX, reading.MAX_JSON, shards.EXPECTED)).hexdigest(),
+            str(weight or ""),
+        )
         for folder, weight in feature_folders.named(settings.features)
     ]
     about = {
@@ -160,7 +177,7 @@ def cut_back(out: Path, step: int, world: World) -> None:
 
 
 def farewell(argv: Sequence[str], number: int, step: int, *, saved: bool, alone: bool) -> str:
-    """What is said of a run that a signal stopped, with the command that goes on: that of the run, but for where it began."""
+    """What is said of a run that a signal stopped after a step, with the command that goes on: that of the run, but for where it began."""
     name = signal.Signals(number).name
     if not saved:
         return f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for"

@@ -20,12 +20,12 @@ from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
 from lumina_fn.manifest import steps, verify
-from lumina_fn.saved_state import restore, save
+from lumina_fn.saved_state import Stored, restore, save
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.tensor_files import Later, Source
 
 __all__ = [
-    "load_model", "load_parts", "load_vq", "read_config", "renew_model", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",
+    "load_model", "load_parts", "load_vq", "read_config", "renew_from_checkpoint", "renew_model", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",
     "stored_dtype", "verify",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32)
     if mesh.rank == 0:
         _say_remarks(source)
     like = model.init(source.cfg, device="meta")
-    stored = iter([source.tensors[path] for path in names.flatten(like)])
+    stored = iter([(path, source.tensors[path]) for path in names.flatten(like)])
 
     def part(unit) -> Sharded:
         leaves = pytree.tree_leaves(unit)
@@ -65,10 +65,10 @@ def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32)
         n = len(whole) // mesh.shards[1]
         out, first = torch.zeros(n, dtype=dtype, device=mesh.device), mesh.part * n
         for leaf in leaves:
-            tensor, count = next(stored), leaf.numel()
+            (path, tensor), count = next(stored), leaf.numel()
             begin, end = max(first, 0), min(first + n, count)
             if begin < end:
-                tensor_files.read_range(tensor, begin, end, out[begin - first : end - first])
+                tensor_files.read_range(tensor, begin, end, out[begin - first : end - first], path)
             first -= count
         return Sharded(out, layout)
 
@@ -97,7 +97,9 @@ def load_vq(
 
 def _load(source: sources.Source, like: names.Tree, device: str | torch.device, dtype: torch.dtype) -> names.Tree:
     _say_remarks(source)
-    return names.unflatten(like, {path: tensor_files.read(t, device, dtype) for path, t in source.tensors.items()})
+    return names.unflatten(
+        like, {path: tensor_files.read(t, device, dtype, path) for path, t in source.tensors.items()}
+    )
 
 
 def _say_remarks(source: sources.Source) -> None:
@@ -134,6 +136,16 @@ def renew_model(
 ) -> None:
     """`save_model` in a run's folder: the model of an earlier part of the run is replaced, and what others put beside it stays."""
     _write_model(lambda: files.renewed_folder(path, KIND), params, cfg, source, dtype, mesh)
+
+
+def renew_from_checkpoint(
+    path: str | Path, checkpoints: Path, step: int, cfg: ModelConfig, *, source: str | Path, dtype: torch.dtype
+) -> None:
+    """`renew_model` with the parameters of a step that a run saved."""
+    config, companions = sources.heritage(source)
+    tensors = Stored(checkpoints, step).parameters(dtype)
+    with files.renewed_folder(path, KIND) as folder:
+        write_native(folder, cfg, tensors, sources.unmasked(config, cfg), companions)
 
 
 def _write_model(

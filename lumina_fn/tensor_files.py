@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lumina_fn.disk import reading
-from lumina_fn.errors import InputError
+from lumina_fn.errors import InputError, printable
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20  # bytes; the 7.88B model's headers take 50 KB
@@ -79,29 +79,33 @@ def _raw(source: Stored) -> Iterator[bytes]:
         raise InputError(f"{source.file} is damaged (a checksum differs): get it again")
 
 
-def read(source: Stored | Later, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor in memory; beside it only one chunk is held."""
+def read(source: Stored | Later, device: str | torch.device, dtype: torch.dtype, name: str | None = None) -> Tensor:
+    """The tensor in memory; beside it only one chunk is held. InputError for a number that is not finite, where it has a name."""
     out = torch.empty(math.prod(source.shape), device=device, dtype=dtype)
-    _fill(out, source)
+    _fill(out, source, name)
     return out.reshape(source.shape)
 
 
-def read_range(source: Stored | Later, begin: int, end: int, out: Tensor) -> None:
+def read_range(source: Stored | Later, begin: int, end: int, out: Tensor, name: str | None = None) -> None:
     """Elements begin .. end of the tensor in row-major order into `out`; the rest stays unread."""
     if isinstance(source, Later) or source.stride is not None:  # rare: a .pt file may store a transposed tensor
-        out.copy_(read(source, out.device, out.dtype).reshape(-1)[begin:end])
+        out.copy_(read(source, out.device, out.dtype, name).reshape(-1)[begin:end])
         return
     size = source.dtype.itemsize
     part = source._replace(
         offset=source.offset + begin * size, nbytes=(end - begin) * size, shape=(end - begin,), crc=None
     )
-    _fill(out, part)
+    _fill(out, part, name)
 
 
-def _fill(out: Tensor, source: Source) -> None:
+def _fill(out: Tensor, source: Source, name: str | None) -> None:
     begin = 0
     for data in chunks(source):
         part = torch.frombuffer(bytearray(data), dtype=source.dtype)
+        # While it is in the cache: a fiftieth of what reading it took. NaN is both the least and the largest.
+        if name is not None and not all(map(math.isfinite, torch.aminmax(part))):
+            where = f"{source.file}: " if isinstance(source, Stored) else ""
+            raise InputError(f"{where}{printable(name)} holds NaN or infinity: its weights are damaged, get them again")
         out[begin : begin + len(part)] = part.to(out.device)
         begin += len(part)
 

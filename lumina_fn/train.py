@@ -19,7 +19,17 @@ from lumina_fn.transform import inductor, jit
 from lumina_fn.walk import block_pair, seams, walk
 from ops import collectives
 
-__all__ = ["AdamW", "Batch", "Packed", "TrainState", "init_state", "loss", "make_train_step", "make_update"]
+__all__ = [
+    "AdamW",
+    "Batch",
+    "Packed",
+    "TrainState",
+    "init_state",
+    "is_finite",
+    "loss",
+    "make_train_step",
+    "make_update",
+]
 
 
 class TrainState(NamedTuple):
@@ -39,6 +49,13 @@ def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainSta
     zeros = lambda: pytree.tree_map(torch.zeros_like, params)
     zero = lambda: torch.zeros((), dtype=torch.int64, device=pytree.tree_leaves(params)[0].device)
     return TrainState(zero(), params, zeros(), zeros(), zero(), zero())
+
+
+def is_finite(state: TrainState) -> bool:
+    """Whether every number of this rank's parameters and of the optimizer's state is one; waits for the device."""
+    leaves = pytree.tree_leaves((state.params, state.mu, state.nu))
+    ends = [end for leaf in leaves if leaf.numel() for end in torch.aminmax(leaf)]  # one pass; NaN is both ends
+    return bool(torch.isfinite(torch.stack(ends)).all())
 
 
 def make_train_step(

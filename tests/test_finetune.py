@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -180,15 +181,36 @@ def test_noise_is_measured_when_asked_for(call, tmp_path):
     )
 
 
-def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path):
-    code, (*_, line) = call("--steps", 100, "--lr", 1e38, "--log-every", 10)
+@pytest.mark.parametrize("steps", [6, 100])
+def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path, monkeypatch, steps):
+    """The fifth step throws the parameters so far that no loss after it is finite: those of step 3 are the last that were seen good."""
+    rate = lambda step: torch.where(step == 4, 1e38, 1e-5)
+    monkeypatch.setattr(finetuning, "_optimizer", lambda run: train.AdamW(rate))
+    code, (*_, line) = call("--steps", steps, "--log-every", 10, "--save-every", 4, "--keep", 9)
     assert code == 1
-    assert "no finite loss" in line
+    assert "no finite loss and gradient since step 6; those of step 4" in line
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 1  # noticed at the first log interval
     assert json.loads(rows[0])["loss"] is None
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [3, 4]
     assert not (tmp_path / "run" / "model").exists()
-    checkpoint.load_model(tmp_path / "run" / "last_good")
+    good, _ = checkpoint.load_model(tmp_path / "run" / "last_good")
+    state, _ = checkpoint.restore(tmp_path / "run" / "checkpoints", 4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(pytree.tree_leaves(good), pytree.tree_leaves(state.params), strict=True)
+    )
+
+
+def test_a_last_step_that_leaves_numbers_that_are_none_is_not_a_model(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        finetuning, "_optimizer", lambda run: train.AdamW(lambda step: torch.where(step == 1, math.inf, 1e-5))
+    )
+    code, (*_, line) = call("--steps", 2)
+    assert code == 1
+    assert "step 2 left parameters" in line
+    assert "what it began with" in line
+    assert not (tmp_path / "run" / "model").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 
 
 def test_image_logits_are_unmasked_for_training(call, tmp_path, lm):
