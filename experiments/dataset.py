@@ -27,7 +27,7 @@ from experiments import dataset_html, dataset_looks, dataset_report, dataset_ver
 from experiments.dataset_looks import Look
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import data, dataset, errors, images, prompt, vq
-from lumina_fn.disk import files, places
+from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
 
 WINDOW = 1024  # rows that are under way at once
@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(run: Report) -> int:
     is_features = run.source.is_dir()
     _check(run, is_features)
-    inputs = [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
     if run.out:
-        places.place(run.out, inputs)
+        places.place(run.out, _inputs(run))
+    if run.json:
+        places.place_of_file(run.json, _inputs(run))
     looks, show = _features(run) if is_features else _rows(run)
     done = [look for look in looks if look.reason is None]
     drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
@@ -106,9 +107,26 @@ def _check(run: Report, is_features: bool) -> None:
         raise InputError(f"--distance {run.distance}: expected at most 16; beyond, most pictures are alike")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
-    if run.json and run.json.exists() and not run.overwrite:
-        raise InputError(f"--json {run.json}: the file exists; give a new place, or --overwrite to replace it")
+    if run.json and run.json.exists():
+        _check_replaced(run)
     images.crop_sizes(run.size)
+
+
+def _check_replaced(run: Report) -> None:
+    """InputError unless the file that --json names may be replaced: as asked for, and only by what it is, a report."""
+    places.place_of_file(run.json, _inputs(run))
+    if not run.overwrite:
+        raise InputError(f"--json {run.json}: the file exists; give a new place, or --overwrite to replace it")
+    try:
+        found = reading.json_object(run.json, "a report").get("format")
+    except InputError as error:
+        raise InputError(f"--json: {error}; it is not replaced, give another place") from error
+    if found != dataset_report.FORMAT:
+        raise InputError(f"--json {run.json} is no report of lumina's: it is not replaced, give another place")
+
+
+def _inputs(run: Report) -> list[Path]:
+    return [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
 
 
 def _rows(run: Report) -> tuple[list[Look], list[Picture]]:

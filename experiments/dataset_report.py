@@ -12,6 +12,7 @@ from experiments import dataset_duplicates
 from experiments.dataset_looks import Look
 from lumina_fn.errors import printable
 
+FORMAT = "lumina_fn/report/1"
 BINS = 20
 ASPECTS = (2.0 ** np.arange(-2, 2.01, 0.25)).tolist()  # width / height; wider and taller ones count at the ends
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -24,6 +25,7 @@ def summary(source: str, kind: str, looks: Sequence[Look], distance: int, sample
     done = [look for look in looks if look.reason is None]
     bad = [look for look in looks if look.reason is not None]
     return {
+        "format": FORMAT,
         "source": source,
         "kind": kind,
         "counts": {"rows": len(looks), "done": len(done), "quarantined": len(bad)},

@@ -9,14 +9,14 @@ trains on its share of every batch and keeps its part of the model; experiments/
 Without arguments this is the embedded default: the fine-tune of `make demo`.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments import settings
 from experiments.finetune_settings import Settings
-from lumina_fn import errors
+from experiments.launching import start
+from lumina_fn import starting
 
 if TYPE_CHECKING:
     from experiments.distributed import World
@@ -26,15 +26,16 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
     """Returns the exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = settings.parse(Settings, __doc__, argv)
-    # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait.
-    from experiments import distributed, finetuning
+    with starting.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
+        from experiments import distributed, finetuning
 
     return finetuning.main(run, argv, world or distributed.ALONE)
 
 
 def _embedded_default(world: "World | None") -> list[str]:
     """Arguments for the fine-tune of `make demo`, whose model and features are written first."""
-    from experiments.demo import tasks
+    with starting.importing():
+        from experiments.demo import tasks
 
     if world is None or world.rank == 0:
         tasks.finetune_arguments()
@@ -44,8 +45,4 @@ def _embedded_default(world: "World | None") -> list[str]:
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:  # torchrun's
-        from experiments import distributed
-
-        distributed.run(main)
-    errors.run(main)
+    start.run(main)

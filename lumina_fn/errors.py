@@ -1,9 +1,16 @@
 """What happens when somebody hands us something unusable: one line, exit code 2."""
 
 import argparse
+import errno
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import NoReturn, TextIO
+
+from lumina_fn import starting
 
 
 class InputError(ValueError):
@@ -23,13 +30,101 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 130 for Ctrl-C."""
+    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 130 for Ctrl-C.
+
+    Where standard output is closed (`| head`) the command ends as if it were done; where it cannot be written, with 1 and a line.
+    """
+    if signal.getsignal(signal.SIGINT) in (starting.end_at_once, signal.default_int_handler):
+        signal.signal(signal.SIGINT, starting.interrupt)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _watched(stream))
+    code = _code(main)
+    _lost_output()  # or Python, which writes the rest of it at its end, has the last word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes milliseconds
+    sys.exit(code)
+
+
+def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
     try:
         code = main(None) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        code = 2
+        tell(f"error: {printable(error)}")
+        return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        tell("stopped")
+        return 130
+    except SystemExit as asked:  # --help
+        return _written(asked.code if isinstance(asked.code, int) else 1 if asked.code else 0)
+    except Exception as error:
+        if _interrupted(error):
+            tell("stopped")
+            return 130
+        lost = _lost_output() if isinstance(error, OSError) else None
+        if lost is None:
+            raise
+        if lost != errno.EPIPE:
+            tell(
+                f"error: cannot write to standard output: {os.strerror(lost)}; what was asked for may be done: look at its folder"
+            )
+        return 0 if lost == errno.EPIPE else 1
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether a library made another error of Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _written(code: int) -> int:
+    """The exit code of what has said all it had to say."""
+    with suppress(OSError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    return 0 if _lost_output() == errno.EPIPE else 1
+
+
+def tell(line: str) -> None:
+    """A line on stderr, where there is one."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, which remembers that it could not be written: the error itself looks like any file's."""
+
+    lost: int | None = None  # the error's number
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = error.errno
+            raise
+
+
+def _watched(stream: TextIO) -> TextIO:
+    raw = _Output(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+    )
+
+
+def _lost_output() -> int | None:
+    """The error number where standard output or error could not be written; they then lead nowhere. None where both could."""
+    found = None
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # None where there is no such stream
+            stream.flush()
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if isinstance(raw, _Output) and raw.lost is not None:
+            found = raw.lost
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, raw.fileno())
+            os.close(null)
+    return found
