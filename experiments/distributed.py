@@ -4,18 +4,14 @@ torchrun starts a process for each device, a rank, and tells it its place in the
 key-value store. It outlives ranks that are started again, so what belongs to one attempt is kept under a token of its own.
 """
 
-import fcntl
 import io
-import ipaddress
-import os
 import secrets
 import socket
-import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -24,17 +20,17 @@ import torch.distributed as dist
 
 from experiments import settings, stopping
 from experiments.ending import ECHO, Ending, watch_launcher, watch_neighbour
+from experiments.launching import addresses, guard, start
+from experiments.launching.place import Place
 from experiments.stopping import Stop
 from lumina_fn import errors
 from lumina_fn.errors import InputError
 from lumina_fn.sharding import Mesh
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # what torchrun tells
 CONNECT = timedelta(seconds=15)  # to the launcher's store, which is there before its ranks are
 MEET = timedelta(minutes=5)  # from the first rank to the last one: imports over a network disk
 COMPUTE = timedelta(hours=1)  # from the first rank to the last one in a collective: it may be compiling
 FOREVER = timedelta(days=365)  # while rank 0 writes a model, say
-_GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 
 @dataclass(frozen=True)
@@ -109,18 +105,17 @@ ALONE = World()
 
 
 def run(main: Callable[..., int | None]) -> None:
-    """Run main(None, world) on every rank that torchrun started, or main(None) in a process on its own, and exit.
+    """`launching.start.run`, for a program that has imported PyTorch already."""
+    start.run(main)
 
-    Exit codes are those of `errors.run`. A rank that fails ends all others; why is printed once, with its rank.
-    """
-    if not os.environ.keys() >= set(PLACE):
-        errors.run(main)
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in PLACE)
-    ending = Ending(f"rank {rank} of {size}", local_rank)
+
+def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> int:
+    """Run main(None, world) on this rank; its exit code, if no rank failed."""
+    ending = Ending(f"rank {here.rank} of {here.size}", here.local_rank, own)
     watch_launcher(ending)
-    world, done = _join(rank, size, local_rank, local_size, ending)
+    world, done = _join(here, ending)
     try:
-        with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
+        with nullcontext() if here.rank == 0 else redirect_stdout(io.StringIO()):
             code = main(None, world) or 0
         world.barrier()
     except SystemExit as asked:  # --help
@@ -134,27 +129,64 @@ def run(main: Callable[..., int | None]) -> None:
     done()
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    return code
 
 
-def _join(rank: int, size: int, local_rank: int, local_size: int, ending: Ending) -> tuple[World, Callable[[], None]]:
+def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
     """This rank's world, and what to call when all ranks are done."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=CONNECT))
+        store = _store(here, ending)
         store.set_timeout(MEET)
         launch = dist.PrefixStore("lumina", store)
-        attempt = dist.PrefixStore(_meet(launch, rank, size), launch)
-        ending.where = (store.host, store.port)
+        attempt = dist.PrefixStore(_meet(launch, here.rank, here.size), launch)
         ending.store = attempt.clone()  # a connection of its own: the other may be waiting
-        world = World(rank, size, local_rank, local_size, launch, attempt, ending=ending)
-        if size == 1:
-            return world, lambda: None
-        address = _own_address(os.environ["MASTER_ADDR"], many_hosts=size > local_size)
-        done = watch_neighbour(attempt, rank, size, address, ending)
-        control = dist.ProcessGroupGloo(dist.PrefixStore("control", attempt), rank, size, FOREVER)
-    except (RuntimeError, OSError) as error:
+        world = World(here.rank, here.size, here.local_rank, here.local_size, launch, attempt, ending=ending)
+        if here.size == 1:
+            return world, ending.guard.done
+        launcher = addresses.LOOPBACK if here.one_host else here.address
+        address = addresses.own_address(launcher, many_hosts=not here.one_host)
+        done = watch_neighbour(attempt, here.rank, here.size, address, ending)
+        control = dist.ProcessGroupGloo(dist.PrefixStore("control", attempt), here.rank, here.size, FOREVER)
+    except (RuntimeError, OSError, ValueError) as error:
         ending(1, f"cannot meet the other ranks: {str(error).splitlines()[0]}")
     return replace(world, control=control), done
+
+
+def _store(here: Place, ending: Ending) -> dist.Store:
+    """Where all ranks of a launch meet.
+
+    On one machine under torchrun that is a file of this user's alone: torchrun's own store listens on all addresses, and whoever
+    reaches it reads and writes it. Over several machines it is the launcher's store, else one that rank 0 holds, which listens at
+    MASTER_ADDR alone.
+    """
+    if ending.guard.folder is not None:
+        return dist.FileStore(str(ending.guard.folder / guard.STORE), -1)
+    if here.size == 1:
+        return dist.HashStore()
+    host = here.address if here.stored or not here.one_host else addresses.LOOPBACK
+    if not here.stored and here.rank == 0:
+        listener = addresses.listening(host, here.port, many_hosts=not here.one_host)
+        host = listener.getsockname()[0]
+        store = dist.TCPStore(
+            host, here.port, here.size, True, CONNECT, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+    else:
+        _reach(host, here.port, CONNECT if here.stored else MEET)
+        store = dist.TCPStore(host, here.port, here.size, False, CONNECT)
+    ending.where = (host, here.port)
+    return store
+
+
+def _reach(host: str, port: int, timeout: timedelta) -> None:
+    """Wait until somebody listens there. PyTorch itself would say a line for each attempt."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout.total_seconds()).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody listens at MASTER_ADDR={host}, MASTER_PORT={port} ({error})") from error
+        time.sleep(0.2)
 
 
 def _meet(launch: dist.Store, rank: int, size: int) -> str:
@@ -177,38 +209,6 @@ def _meet(launch: dist.Store, rank: int, size: int) -> str:
             raise RuntimeError(f"rank {min(missing)} did not start within {MEET.total_seconds():.0f} seconds")
         time.sleep(0.02)
     return own
-
-
-def _own_address(launcher: str, many_hosts: bool) -> str:
-    """This host's address on the network that leads to the launcher; gloo is told to use it too, unless the user has told it.
-
-    Left alone it takes whatever the host's name stands for.
-    """
-    interfaces = _interfaces()
-    told = os.environ.get("GLOO_SOCKET_IFNAME")
-    if told in interfaces:
-        return interfaces[told]
-    found = socket.getaddrinfo(launcher, 1, type=socket.SOCK_DGRAM)
-    family, kind, _, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    with socket.socket(family, kind) as probe:
-        probe.connect(where)  # sends nothing
-        own = probe.getsockname()[0]
-    if many_hosts and ipaddress.ip_address(own).is_loopback:
-        raise RuntimeError(f"{launcher} means {own} on this host, where others do not find it; set GLOO_SOCKET_IFNAME")
-    for name in [name for name, address in interfaces.items() if address == own]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    return own
-
-
-def _interfaces() -> dict[str, str]:
-    """The IPv4 address of each network interface that has one."""
-    addresses = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has none
-                answer = fcntl.ioctl(any_socket, _GET_ADDRESS, struct.pack("256s", name.encode()))
-                addresses[name] = socket.inet_ntoa(answer[20:24])
-    return addresses
 
 
 def mesh(

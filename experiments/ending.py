@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from rich.console import Console
 
-from experiments import LAUNCHER
+from experiments.launching.start import Guard
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on, or sends itself
 KEEPALIVE = (  # notices a host that is off or cut away after 20 seconds
@@ -31,16 +31,16 @@ ECHO = 2.0  # seconds in which a rank hears that another one is gone; its own fa
 class Ending:
     """The way out, for any thread of this rank. Of all ranks the first one to take it says why; the others' reasons are echoes."""
 
-    def __init__(self, name: str, local_rank: int):
-        self.name, self.local_rank = name, local_rank
+    def __init__(self, name: str, local_rank: int, guard: Guard):
+        self.name, self.local_rank, self.guard = name, local_rank, guard
         self.store: dist.Store | None = None  # which knows the first one, once ranks have met
-        self.where = ("", 0)  # that store's host and port
+        self.where: tuple[str, int] | None = None  # that store's host and port, unless it is a file
         self.taken = threading.Lock()
         self.graceful: Callable[[int], None] | None = None  # takes a signal while a run can save its state
 
     def __call__(self, code: int, reason: str) -> NoReturn:
         self.taken.acquire()  # and never given back
-        if launcher_is_gone():
+        if self.guard.launcher_is_gone():
             code, reason = 1, GONE
         if self._is_first():
             Console(stderr=True).show_cursor()  # a progress bar may have hidden it
@@ -54,19 +54,15 @@ class Ending:
 
         def ask(store: dist.Store) -> None:
             with suppress(OSError, RuntimeError):  # it went with the launcher that held it
-                # torch itself would fill the screen where a store is gone.
-                socket.create_connection(self.where, ECHO).close()
+                if self.where is not None:  # torch itself would fill the screen where a store is gone
+                    socket.create_connection(self.where, ECHO).close()
                 answer.put(store.add("ended", 1) == 1)
 
-        if self.store is not None and not launcher_is_gone():
+        if self.store is not None and not self.guard.launcher_is_gone():
             threading.Thread(target=ask, args=(self.store,), daemon=True).start()
             with suppress(queue.Empty):  # out of reach
                 return answer.get(timeout=ECHO)
         return self.local_rank == 0
-
-
-def launcher_is_gone() -> bool:
-    return os.getppid() != LAUNCHER
 
 
 def watch_launcher(ending: Ending) -> None:
@@ -86,7 +82,7 @@ def watch_launcher(ending: Ending) -> None:
                     continue
                 time.sleep(ECHO)  # where a rank is lost, the launcher stops the others: that loss is the reason then
                 ending(128 + number, f"stopped by {signal.Signals(number).name}")
-            if launcher_is_gone():
+            if ending.guard.launcher_is_gone():
                 ending(1, GONE)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -107,6 +103,7 @@ def watch_neighbour(store: dist.Store, rank: int, size: int, address: str, endin
         behind, _ = server.accept()
     for option, value in KEEPALIVE:
         ahead.setsockopt(*option, value)
+    ending.guard.watch(ahead)
 
     def watch() -> None:
         try:
@@ -123,5 +120,6 @@ def watch_neighbour(store: dist.Store, rank: int, size: int, address: str, endin
     def done() -> None:
         behind.sendall(b".")
         thread.join()
+        ending.guard.done()
 
     return done

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from experiments.ending import ECHO, Ending
 
 ASKED = (signal.SIGTERM, signal.SIGINT)
+_WORDS = {str(int(number)).encode(): number for number in ASKED}  # what a rank says; a stranger's words are no signal
+MOST_DIGITS = 12  # of the number of a step
 POLL = 0.5  # seconds between looks at whether another rank was asked
 
 
@@ -42,7 +44,7 @@ class Stop:
         """Called for the first signal, on whatever rank it arrives. Does not wait."""
         if self._store is not None:
             try:
-                self._store.set("stop", str(number))
+                self._store.set("stop", str(int(number)))
             except RuntimeError as error:
                 self._give_up(error)
             return
@@ -52,17 +54,30 @@ class Stop:
     def listen(self, over: threading.Event) -> None:
         """Take part in the agreement of all ranks once one of them is asked, until the event comes."""
         try:
-            while not self._store.check(["stop"]):
+            while (number := _WORDS.get(self._word("stop"))) is None:
                 if over.wait(POLL):
                     return
             with self._lock:
-                self.number = int(self._store.get("stop"))
+                self.number = number
             self._store.set(f"in step {self._rank}", str(self._begun))
-            self._last = max(int(self._store.get(f"in step {rank}")) for rank in range(self._size))
+            self._last = max(self._step_of(rank) for rank in range(self._size))
             self._agreed.set()
         except RuntimeError as error:
             if not over.is_set():
                 self._give_up(error)
+
+    def _word(self, key: str) -> bytes:
+        """What the store has under this key, or nothing."""
+        return self._store.get(key) if self._store.check([key]) else b""
+
+    def _step_of(self, rank: int) -> int:
+        """The step that a rank is in, once it has said so."""
+        deadline = time.monotonic() + self._store.timeout.total_seconds()
+        while not (word := self._word(f"in step {rank}")).isdigit() or len(word) > MOST_DIGITS:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank {rank} does not say which step it is in")
+            time.sleep(0.02)
+        return int(word)
 
     def _give_up(self, error: RuntimeError) -> None:
         """Nobody would ever say which step is the last, for which `before` waits."""

@@ -18,13 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-from safetensors.numpy import load_file, save
 
 from experiments import distributed, finetune
 from experiments.distributed import World
+from experiments.launching import addresses
 from lumina_fn import checkpoint
 from lumina_fn.errors import InputError
-from tests.small_run import write_features, write_inputs
+from tests.small_run import write_inputs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
@@ -183,19 +183,12 @@ def test_a_mistake_that_one_rank_meets_is_said_with_its_rank(launch, inputs, tmp
 
 @slow
 def test_a_failure_of_one_rank_has_one_traceback(launch, inputs, tmp_path):
-    """An item whose codes lie beyond the model's vocabulary, which a damaged index hides, is met by the one rank that reads it."""
-    damaged = tmp_path / "damaged"
-    ids = checkpoint.load_model(inputs[1])[1].ids
-    write_features(damaged, inputs[1], ids, count=1)
-    (shard,) = damaged.glob("features-*")
-    stored = load_file(shard)
-    stored["codes"][:] = 60_000
-    damage = save(stored)
-    shard.write_bytes(damage)
-    index = json.loads((damaged / "features.json").read_text())
-    index["shards"][0]["bytes"] = len(damage)
-    (damaged / "features.json").write_text(json.dumps(index))
-    run = launch(*torchrun(), *inputs, "--out", tmp_path / "run", "--features", damaged)
+    script = (
+        "import os\nfrom experiments import distributed, finetune, finetuning\n"
+        "if os.environ['RANK'] == '0':\n    finetuning.main = lambda *_: [][0]\ndistributed.run(finetune.main)"
+    )
+    command = [TORCHRUN, "--nproc_per_node", 2, "--no-python", sys.executable, "-c", script]
+    run = launch(*command, *inputs, "--out", tmp_path / "run")
     assert run.wait(90) == 1
     assert run.reasons() == ["rank 0 of 2: failed"]
     assert run.text().count("IndexError") == 1
@@ -340,14 +333,13 @@ def test_scripts_take_their_place_from_the_environment(script, launch, tmp_path)
         (tmp_path / name).chmod(0o755)
     run = launch(
         "bash", ROOT / "experiments" / "launch" / script, PATH=f"{tmp_path}:{os.environ['PATH']}",
-        NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234",
+        NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", SLURM_NODEID="4",
         SLURM_JOB_ID="7", SLURM_NNODES="5", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="here",
     )  # fmt: skip
     assert run.wait(10) == 0, run.text()
-    place = "--rdzv_endpoint 10.0.0.1:1234" if "slurm" in script else "--master_addr 10.0.0.1 --master_port 1234"
     assert "--nnodes 3 " in run.text()
-    assert place in run.text()
-    assert ("--node_rank 2 " in run.text()) == ("slurm" not in script)
+    assert "--rdzv_backend lumina --rdzv_endpoint 10.0.0.1:1234 " in run.text()
+    assert f"--rdzv_conf rank={4 if 'slurm' in script else 2} " in run.text()
 
 
 def meet(store: dist.Store, size: int) -> list[str]:
@@ -383,6 +375,6 @@ def test_an_address_that_other_hosts_do_not_find_is_refused(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     with pytest.raises(RuntimeError, match="GLOO_SOCKET_IFNAME"):
-        distributed._own_address("127.0.0.1", many_hosts=True)
-    assert distributed._own_address("127.0.0.1", many_hosts=False) == "127.0.0.1"
+        addresses.own_address("127.0.0.1", many_hosts=True)
+    assert addresses.own_address("127.0.0.1", many_hosts=False) == "127.0.0.1"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"

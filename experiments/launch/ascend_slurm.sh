@@ -17,16 +17,20 @@ set -eu
 # Slurm runs a copy of this script: what lies beside it is found from the folder it was submitted in.
 . "${SLURM_SUBMIT_DIR:-.}/experiments/launch/ascend_env.sh"
 
-# Machines. Which of them each is needs no NODE_RANK: they get their numbers where they meet, by torchrun's c10d.
+# Machines. Which of them each is needs no NODE_RANK: Slurm says it, by SLURM_NODEID.
 NNODES="${NNODES:-$SLURM_NNODES}"
-# The first machine of the job, and a port of its own for each job that may share it.
+# The first machine of the job, by a name or address of its own that the others reach, and a port for torchrun's own store, another
+# one for each job that may share the machine. The run listens on the network of that address alone (on one machine, on the
+# loopback) and has no password there: a private network of the machines, which talk to each other on any port.
 MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 # Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
 SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
 
-# --kill-on-bad-exit: a machine that fails ends the job on all.
-exec srun --kill-on-bad-exit=1 torchrun --nnodes "$NNODES" --nproc_per_node "$NPUS_PER_NODE" \
-    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
+# --kill-on-bad-exit: a machine that fails ends the job on all. lumina: the project's own meeting of machines; torchrun's listen on
+# all addresses. Its machine's number is read there.
+exec srun --kill-on-bad-exit=1 sh -c 'exec torchrun --rdzv_conf "rank=${SLURM_NODEID:-0}" "$@"' sh \
+    --nnodes "$NNODES" --nproc_per_node "$NPUS_PER_NODE" \
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_backend lumina --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
     --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

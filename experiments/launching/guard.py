@@ -1,0 +1,151 @@
+"""A process beside each rank, which leaves nothing of a run behind where one of its processes died.
+
+A rank ends by itself when its launcher or a neighbour is gone, unless it is stopped (SIGSTOP) or hangs: its guard wakes it with
+SIGCONT, and ten seconds later kills it. This is a script of its own on Python's library alone: it is there in milliseconds,
+before its rank imports PyTorch, and shares no lock with it.
+"""
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+LOOK = 1.0  # seconds from one look to the next
+GRACE = 10  # looks at a rank that should end, after which it is killed. Looks, not time: a guard may be stopped as well
+TOUCH = 3600  # looks from one touch of the store to the next: who cleans /tmp removes what is untouched for days
+NEIGHBOUR, DONE = b"n", b"d"  # what a rank tells: here is the connection to my neighbour; I have nothing more to do
+KEEPER, STORE = "keeper", "store"  # files in a launch's folder: the guard that will remove it, and what ranks share
+_SET_DEATH_SIGNAL = 1  # Linux's PR_SET_PDEATHSIG
+
+Process = tuple[int, int]  # its id, and when it started: an id may come again
+
+
+def wake_with_parent() -> None:
+    """When the parent dies the kernel wakes this process if it is stopped; to a running one SIGCONT does nothing."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGCONT, 0, 0, 0)
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third one on: state, parent, ...; none where there is no such process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return []
+
+
+def identify(pid: int) -> Process | None:
+    """A process that has not ended."""
+    fields = _stat(pid)
+    return (pid, int(fields[19])) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def is_gone(process: Process) -> bool:
+    return identify(process[0]) != process
+
+
+def launcher_above(parent: int, variable: str) -> Process | None:
+    """torchrun: the nearest process from this one upwards that was started without the variable; a wrapper's shell may be below it.
+
+    None where that one does not run Python, as torchrun does: then the launcher has died and somebody else adopted its children.
+    """
+    pid = parent
+    while _has(pid, variable):
+        fields = _stat(pid)
+        pid = int(fields[1]) if fields else 0
+    if pid == 0:  # a variable of the whole machine
+        return identify(parent)
+    with suppress(OSError):  # another user's
+        if "python" not in Path(f"/proc/{pid}/exe").readlink().name:
+            return None
+    return identify(pid)
+
+
+def _has(pid: int, variable: str) -> bool:
+    """Whether a process was started with this variable in its environment."""
+    with suppress(OSError):
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return any(entry.startswith(f"{variable}=".encode()) for entry in entries)
+    return False
+
+
+def wake(launcher: Process) -> None:
+    """Wake a launcher and all that it started, so that they notice who died."""
+    parents = {int(path.name): _stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
+    family, found = set(), {launcher[0]}
+    while found:
+        family |= found
+        found = {pid for pid, fields in parents.items() if fields and int(fields[1]) in found} - family
+    if not is_gone(launcher):
+        for pid in family:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _is_lost(neighbour: socket.socket) -> bool:
+    """Whether a connection that can be read was closed without a word. What is there to read is left for the rank."""
+    try:
+        return not neighbour.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
+def guard(rank: int, launcher: Process | None, channel: socket.socket, folder: Path | None) -> bool:
+    """Watch over a rank, this process's parent, until it is gone; whether it was done then."""
+    sources, neighbour = [channel], None
+    lost, done, late, looks = False, False, 0, 0
+    while os.getppid() == rank:
+        ready = select.select(sources, [], [], LOOK if channel in sources else LOOK / 20)[0]
+        if channel in ready:
+            word, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+            done |= word == DONE
+            if descriptors:
+                neighbour = socket.socket(fileno=descriptors[0])
+                sources.append(neighbour)
+            if not word:
+                sources.remove(channel)
+        if neighbour in ready:
+            sources.remove(neighbour)
+            lost = _is_lost(neighbour)
+        if (lost and not done) or (launcher is not None and is_gone(launcher)):
+            late += 1
+            with suppress(OSError):
+                os.kill(rank, signal.SIGKILL if late > GRACE else signal.SIGCONT)
+        looks += 1
+        if folder is not None and looks % TOUCH == 0:
+            with suppress(OSError):
+                os.utime(folder / STORE)
+    return done
+
+
+def keep(folder: Path, launcher: Process) -> None:
+    """Remove a launch's folder when the launcher is gone; leave it to the guard of a rank that was started again."""
+    keeper = str(os.getpid())
+    with suppress(OSError):
+        while not is_gone(launcher):
+            if (folder / KEEPER).read_text() != keeper:
+                return
+            time.sleep(LOOK / 5)
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    wake_with_parent()
+    rank, descriptor, folder, *launcher = sys.argv[1:]
+    launcher = (int(launcher[0]), int(launcher[1])) if launcher else None
+    folder = Path(folder) if folder else None
+    if folder is not None:
+        (folder / KEEPER).write_text(str(os.getpid()))
+    done = guard(int(rank), launcher, socket.socket(fileno=int(descriptor)), folder)
+    if launcher is not None and not done:
+        wake(launcher)
+    if folder is not None:
+        keep(folder, launcher)
+
+
+if __name__ == "__main__":
+    main()

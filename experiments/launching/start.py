@@ -1,0 +1,91 @@
+"""A command on its own, or on every rank that a launcher starts: told apart, and guarded, before PyTorch is imported."""
+
+import hashlib
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from experiments import LAUNCHER
+from experiments.launching import guard, place
+from experiments.launching.place import Place
+from lumina_fn import errors
+from lumina_fn.errors import InputError
+
+
+class Guard:
+    """A rank's hold on its guard, and what both know of the launcher."""
+
+    def __init__(self, here: Place):
+        self.torchrun = here.torchrun
+        self.launcher = guard.launcher_above(LAUNCHER, place.RUN_ID) if here.torchrun else None
+        # The store of a launch on one machine. Over several ranks meet in torchrun's.
+        self.folder = _folder(self.launcher, here) if self.launcher is not None and here.one_host else None
+        self._channel, channel = socket.socketpair()
+        keeps = self.folder if here.local_rank == 0 else None
+        words = [os.getpid(), channel.fileno(), keeps or "", *(self.launcher or ())]
+        environment = {name: value for name, value in os.environ.items() if name not in place.NAMES}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, *map(str, words)], pass_fds=[channel.fileno()], cwd="/",
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        channel.close()
+
+    def launcher_is_gone(self) -> bool:
+        """Only torchrun waits for its ranks: a process that others started lives on without them."""
+        if not self.torchrun:
+            return False
+        return os.getppid() != LAUNCHER or self.launcher is None or guard.is_gone(self.launcher)
+
+    def watch(self, neighbour: socket.socket) -> None:
+        """Have this rank end once that connection is closed, unless it is `done` first."""
+        with suppress(OSError):  # there is no guard any more: who killed it may
+            socket.send_fds(self._channel, [guard.NEIGHBOUR], [neighbour.fileno()])
+
+    def done(self) -> None:
+        """This rank ends now, and so do all others."""
+        with suppress(OSError):
+            self._channel.send(guard.DONE)
+
+
+def run(main: Callable[..., int | None]) -> None:
+    """Run main(None, world) on every rank that a launcher started, or main(None) in a process on its own, and exit.
+
+    Exit codes are those of `errors.run`. A rank that fails ends all others; why is printed once, with its rank.
+    """
+    errors.run(lambda argv: _run(main, argv))
+
+
+def _run(main: Callable[..., int | None], argv: None) -> int | None:
+    here = place.find(os.environ)
+    if here is None:
+        return main(argv)
+    # Where a rank may be stopped while PyTorch is imported, its guard is there already.
+    own = Guard(here)
+    from experiments import distributed
+
+    return distributed.run_rank(main, here, own)
+
+
+def _folder(launcher: guard.Process, here: Place) -> Path:
+    """A folder that only this user's processes reach, the same for all ranks of a launch and for no other launch."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id").read_text(), Path("/proc/self/ns/pid").readlink()
+    what = (boot, space, launcher, os.environ[place.RUN_ID], here.address, here.port)
+    folder = Path(tempfile.gettempdir(), f"lumina-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}")
+    try:
+        with suppress(FileExistsError):  # another rank's, or one's before this was started again
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise InputError(f"{folder}, where ranks meet: {error.strerror}; name another place by TMPDIR") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise InputError(
+            f"{folder} is not a folder of this user's alone, as ranks need it to meet in: remove it, or name another place by TMPDIR"
+        )
+    return folder
