@@ -6,7 +6,6 @@
 report says what is in it; verify encodes some pictures again and compares. `report --help` and `verify --help` list the flags.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -158,10 +157,10 @@ def _roots(path: Path, image_root: Path | None) -> list[Path]:
 
 def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
     def source(look: Look) -> Image.Image:
-        content = images.read(dataset.find(look.file, roots))
-        if look.sha256 not in (hashlib.sha256(content).hexdigest(), None):
+        loaded = images.load(dataset.find(look.file, roots), size)
+        if look.sha256 not in (loaded.sha256.hex(), None):
             raise InputError(f"{look.file} changed")
-        return images.fit(images.decode(content), size)
+        return loaded.image
 
     return source
 

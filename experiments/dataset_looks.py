@@ -64,13 +64,11 @@ def at_row(
 
 def _without_tokens(look: Look, value: Any, roots: Sequence[Path], size: int) -> Look:
     try:
-        content = images.read(dataset.find(dataset.row(value).file, roots))
-        picture = images.decode(content)
-        image = images.fit(picture, size)
+        loaded = images.load(dataset.find(dataset.row(value).file, roots), size)
     except InputError as error:
         return look._replace(reason=str(error))
     return look._replace(
-        source=picture.size, crop=image.size, sha256=hashlib.sha256(content).hexdigest(), fingerprint=fingerprint(image)
+        source=loaded.source, crop=loaded.image.size, sha256=loaded.sha256.hex(), fingerprint=fingerprint(loaded.image)
     )
 
 

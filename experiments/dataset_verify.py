@@ -1,6 +1,5 @@
 """Encode some pictures of a feature set again, and compare: did a source change, do codes and captions still say the same?"""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +119,9 @@ def _compare(
         row = dataset.row(value)
         if row.file != entry["file"]:
             return changed(f"the row names {row.file} now")
-        content = images.read(dataset.find(row.file, roots))
-        if entry["sha256"] not in (digest := hashlib.sha256(content).hexdigest(), None):
+        loaded = images.load(dataset.find(row.file, roots), features.origin.size)
+        if entry["sha256"] not in (digest := loaded.sha256.hex(), None):
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
-        fitted = images.fit(images.decode(content), features.origin.size)
     except InputError as error:
         return changed(f"the source cannot be read now: {error}")
     feature = features.feature(item)
@@ -133,7 +131,7 @@ def _compare(
     ]:
         return changed("the caption is not the one that was encoded")
     with torch.inference_mode():
-        tensor = images.to_tensor(fitted)[None].to(params.codebook.device)
+        tensor = images.to_tensor(loaded.image)[None].to(params.codebook.device)
         codes = vq.encode(params, tensor, cfg)[0].cpu().numpy()
     if codes.shape != feature.codes.shape:
         return changed(f"{codes.shape} codes, it has {feature.codes.shape}")

@@ -30,8 +30,8 @@ class Prepared(NamedTuple):
     row: int
     text: list[int]
     image: Image.Image
-    sha256: bytes
     source: tuple[int, int]
+    sha256: bytes
 
 
 class Tally(NamedTuple):

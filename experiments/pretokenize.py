@@ -137,17 +137,15 @@ def prepare(
         row = dataset.row(value)
         if problem := prompt.caption_problem(tokenizer, row.prompt):
             raise InputError(problem)
-        content = images.read(dataset.find(row.file, roots))
-        picture = images.decode(content)
-        image = images.fit(picture, size)
-        prompt.check_size(tokenizer, *image.size)
+        loaded = images.load(dataset.find(row.file, roots), size)
+        prompt.check_size(tokenizer, *loaded.image.size)
     except InputError as error:
         file = value.get("file") if isinstance(value, dict) else None
         return Rejected(index, file if isinstance(file, str) else None, str(error))
     drawn = hashlib.sha256(json.dumps([seed, row.file, row.prompt]).encode()).digest()
     with_size = int.from_bytes(drawn[:8]) < SIZE_TEXT_PROBABILITY * 2**64
-    text = prompt.prompt_ids(tokenizer, row.prompt, *image.size, with_size)
-    return Prepared(index, text, image, hashlib.sha256(content).digest(), picture.size)
+    text = prompt.prompt_ids(tokenizer, row.prompt, *loaded.image.size, with_size)
+    return Prepared(index, text, *loaded)
 
 
 def _encode(

@@ -1,15 +1,19 @@
 """Pictures: opened safely, cut to one of a target's sizes, put on white, and made numbers.
 
 Every step is the reference's, down to Pillow's rounding: the cut is made in the file's own mode, before the whitening,
-so a palette picture is resized by nearest neighbour; EXIF rotation is not applied.
+so a palette picture is resized by nearest neighbour; EXIF rotation is not applied. One thing differs: a JPEG of more than 16
+million pixels that is to be halved is halved by its decoder, which differs by a few levels of 255, and takes a fourth of the memory.
 """
 
+import hashlib
 import io
 import os
-import stat
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +21,23 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
+T = TypeVar("T")
 PATCH = 32  # pixels; sides are multiples of it
 LARGEST_ASPECT = 4
 # Formats that Pillow decodes itself: others may start programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_PIXELS = 89_478_485  # of a file, before it is decoded: 256 MiB of RGB, Pillow's own bound
 MAX_BYTES = 1 << 30  # of a file: far more than MAX_PIXELS take
+# Pixels above which a format's decoder by itself takes half a gigabyte: WebP's holds three pictures of 4 bytes a pixel beside Pillow's.
+MAX_PIXELS_OF = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 1 << 25}
+LARGE = (
+    1 << 24
+)  # pixels from which a JPEG is decoded at a half, a quarter or an eighth, and a file is decoded without being held
+AT_ONCE = MAX_PIXELS  # pixels of all pictures that are decoded at the same time: 4 bytes each, and as many for what they become
+MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
 MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
 LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
 
@@ -40,8 +53,8 @@ class Cut(NamedTuple):
 
 def crop_sizes(target: int) -> list[tuple[int, int]]:
     """The (width, height) pairs of about target x target pixels, aspect at most 4, from the widest to the tallest."""
-    if target < PATCH or target % PATCH:
-        raise InputError(f"size {target}: expected a positive multiple of {PATCH} pixels")
+    if not PATCH <= target <= MAX_TARGET or target % PATCH:
+        raise InputError(f"size {target}: expected a multiple of {PATCH} pixels from {PATCH} to {MAX_TARGET}")
     patches = (target // PATCH) ** 2
     sizes, width, height = [], patches, 1
     while width > 0:
@@ -74,19 +87,38 @@ def cut(size: tuple[int, int], target: int) -> Cut | None:
     return Cut(crop, tuple(halved), cover, ((cover[0] - crop[0]) // 2, (cover[1] - crop[1]) // 2))
 
 
-def crop(image: Image.Image, target: int) -> Image.Image:
-    """The picture at one of the target's sizes, in its own mode. Raises InputError for a sliver too long to resize."""
-    how = cut(image.size, target)
+def crop(image: Image.Image, target: int, source: tuple[int, int] | None = None) -> Image.Image:
+    """The picture at one of the target's sizes, in its own mode. Raises InputError for a sliver too long to resize.
+
+    `source` is the size of the whole picture where `image` was decoded smaller than it is.
+    """
+    how = cut(source or image.size, target)
     if how is None:
         return image
     if how.cover[0] * how.cover[1] > MAX_COVER_PIXELS:
-        raise InputError(
-            f"a picture of {image.width}x{image.height} is too long and thin to be cut to {how.size[0]}x{how.size[1]}"
-        )
+        width, height = source or image.size
+        raise InputError(f"a picture of {width}x{height} is too long and thin to be cut to {how.size[0]}x{how.size[1]}")
     for size in how.halved:
-        image = image.resize(size, Image.Resampling.BOX)
+        if image.width > size[0] or image.height > size[1]:
+            image = _halved(image, size)
     left, top = how.corner
     return image.resize(how.cover, Image.Resampling.BICUBIC).crop((left, top, left + how.size[0], top + how.size[1]))
+
+
+def _halved(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """`image.resize(size, BOX)`; of a large picture a strip at a time, since Pillow holds half of it, and of RGBA all of it, beside it.
+
+    A large picture's last row is left out where it is the odd one.
+    """
+    # P and 1 are one byte a pixel, and resized by nearest; what a JPEG decoder halved may be a pixel larger than `size`.
+    if image.width * image.height < LARGE or image.mode in ("P", "1") or image.height // 2 != size[1]:
+        return image.resize(size, Image.Resampling.BOX)
+    half, rows = Image.new(image.mode, size), max(1, LARGE // 8 // image.width)
+    for top in range(0, size[1], rows):
+        bottom = min(top + rows, size[1])
+        strip = image.crop((0, 2 * top, image.width, 2 * bottom))
+        half.paste(strip.resize((size[0], bottom - top), Image.Resampling.BOX), (0, top))
+    return half
 
 
 def whiten(image: Image.Image) -> Image.Image:
@@ -113,57 +145,120 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
     return torch.from_numpy(LEVELS[np.asarray(image)].transpose(2, 0, 1).copy())
 
 
+class Loaded(NamedTuple):
+    """A picture's file as it is encoded."""
+
+    image: Image.Image  # RGB, at one of the target's sizes
+    source: tuple[int, int]  # width and height of the whole picture
+    sha256: bytes  # of the file
+
+
+def load(path: Path, target: int) -> Loaded:
+    """The picture in a file, cut for a target. Raises InputError for anything that is not one of bounded size.
+
+    One thread's large picture waits for another's: AT_ONCE bounds what all threads of a process hold.
+    """
+    with _open(path) as (file, image):
+        digest = hashlib.file_digest(file, "sha256").digest()
+        source = image.size
+        with _room.taken(source[0] * source[1]):
+            whole = _decoded(file, image, target)
+            try:
+                fitted = whiten(crop(whole, target, source))
+            except ValueError as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"a picture of mode {whole.mode}: {error}") from error
+    return Loaded(fitted, source, digest)
+
+
 def open_image(path: Path) -> Image.Image:
     """The decoded picture; of an animation its first. Raises InputError for anything that is not one of bounded size."""
-    return decode(read(path))
+    with _open(path) as (file, image):
+        return _decoded(file, image)
 
 
-def read(path: Path) -> bytes:
-    """A picture's file. Raises InputError for what is no regular file of bounded size."""
-    try:
-        # O_NONBLOCK: opening a pipe must not wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise InputError(f"cannot open the file: {error.strerror}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise InputError("not a regular file")
-    with os.fdopen(fd, "rb") as file:
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[io.IOBase, Image.Image]]:
+    """A picture's file, and the picture in it before it is decoded. A small file is held as bytes: what is hashed is what is decoded."""
+    with _named(reading.opened, path, "a picture") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        status = os.fstat(file.fileno())
         if status.st_size == 0:
             raise InputError("the file has zero size")
         if status.st_size > MAX_BYTES:
             raise InputError(f"the file has {status.st_size} bytes, more than {MAX_BYTES}")
-        try:
-            return file.read(MAX_BYTES)
-        except OSError as error:
-            raise InputError(f"cannot read the file: {error.strerror}") from error
-
-
-def decode(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, as `open_image` gives it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Image.init()
+        if status.st_size <= LARGE:
+            file = io.BytesIO(_named(file.read, MAX_BYTES))
+        Image.init()
+        with _readable():
             image = Image.open(
-                io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN]
+                file, formats=[f for f in FORMATS if f in Image.OPEN]
             )  # WEBP and AVIF are optional in Pillow
-            if 0 in image.size:
-                raise InputError(f"the picture has zero size ({image.width}x{image.height})")
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"the picture has {image.width}x{image.height} pixels, more than {MAX_PIXELS}: a decompression bomb?"
-                )
-            image.load()
-    except InputError:
-        raise
+        if 0 in image.size:
+            raise InputError(f"the picture has zero size ({image.width}x{image.height})")
+        most = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
+        if image.width * image.height > most:
+            raise InputError(
+                f"the picture has {image.width}x{image.height} pixels, more than {most} of {image.format}: a decompression bomb?"
+            )
+        file.seek(0)
+        yield file, image
+
+
+def _decoded(file: io.IOBase, image: Image.Image, target: int | None = None) -> Image.Image:
+    """The picture, decoded; a large JPEG that will be halved anyway at the size that its own decoder makes of it."""
+    file.seek(0)
+    how = cut(image.size, target) if target is not None else None
+    if how is not None and how.halved and image.format == "JPEG" and image.width * image.height > LARGE:
+        image.draft(image.mode, how.halved[-1])  # the smallest that is not smaller
+    with _readable():
+        image.load()
+    return image
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """An error of Pillow's is an InputError: on a damaged file its decoders raise OSError, SyntaxError, ValueError, struct.error and more."""
+    try:
+        yield
     except Image.UnidentifiedImageError as error:
         raise InputError(f"not a picture in a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"decompression bomb: {error}") from error
-    except (
-        Exception
-    ) as error:  # on a damaged file Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:
         raise InputError(f"the picture cannot be read: {error}") from error
-    return image
+
+
+def _named(call: Callable[..., T], *args: Any) -> T:
+    """A file's own errors without its name, which a row tells."""
+    try:
+        return call(*args)
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{args[0]}: ").partition("; expected")[0]) from error
+
+
+class _Room:
+    """As many pixels as there is room for, shared out among threads."""
+
+    def __init__(self, pixels: int):
+        self._whole = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._whole)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = _Room(AT_ONCE)

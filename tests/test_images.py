@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +124,53 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
             images.open_image(path)
     with pytest.raises(InputError, match="No such file"):
         images.open_image(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", "P", "F"])
+@pytest.mark.parametrize("size", [(64, 64), (131, 98), (97, 264), (514, 33)])
+def test_halving_by_strips_is_halving(monkeypatch, mode, size):
+    """To a level or two of 255, since a strip may be wider than high: Pillow then takes rows and columns in the other order."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    image = Image.fromarray(noise, "RGBA").convert(mode)
+    half = (size[0] // 2, size[1] // 2)
+    whole = image.crop((0, 0, size[0], 2 * half[1])).resize(half, Image.Resampling.BOX)  # an odd last row is left out
+    monkeypatch.setattr(images, "LARGE", size[0] * 8 * 3)  # three rows a strip
+    strips = images._halved(image, half)
+    assert strips.mode == mode
+    seen = lambda picture: np.asarray(picture.convert("RGBA").convert("RGBa") if "A" in mode else picture).astype(float)
+    assert np.abs(seen(strips) - seen(whole)).max() <= 2
+
+
+def test_a_large_jpeg_is_cut_where_the_whole_one_is(tmp_path, monkeypatch):
+    """Decoded at a fourth: the same place of the picture, a few levels beside it."""
+    y, x = np.mgrid[:1003, :1501] / 1503
+    picture = np.stack([x, y, (np.sin(9 * x) + np.cos(7 * y) + 2) / 4], -1)
+    Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    whole = images.load(tmp_path / "x.jpg", 96)
+    monkeypatch.setattr(images, "LARGE", 1000)
+    part = images.load(tmp_path / "x.jpg", 96)
+    assert (part.source, part.sha256, part.image.size) == (whole.source, whole.sha256, whole.image.size)
+    assert np.abs(np.asarray(part.image, int) - np.asarray(whole.image, int)).max() <= 6
+    with Image.open(tmp_path / "x.jpg") as image, images._open(tmp_path / "x.jpg") as (file, opened):
+        assert images._decoded(file, opened, 96).size == (188, 126) < image.size
+
+
+def test_pictures_that_are_decoded_at_once_are_bounded():
+    room, held, most = images._Room(100), [], []
+
+    def take(pixels):
+        with room.taken(pixels):
+            held.append(min(pixels, 100))
+            most.append(sum(held))
+            time.sleep(0.002)
+            held.remove(min(pixels, 100))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [30, 80, 500, 10, 60, 40, 30, 100] * 5))
+    assert 60 <= max(most) <= 100
+
+
+def test_a_target_without_end_is_refused_at_once():
+    for target in (3_200_000, 10**12, 8224):
+        with pytest.raises(InputError, match="from 32 to 8192"):
+            images.crop_sizes(target)
