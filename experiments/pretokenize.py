@@ -57,6 +57,9 @@ class Settings:
     workers: Annotated[
         int | None, "threads of a process that read and cut pictures (default: its share of the cores)"
     ] = None
+    longest_caption: Annotated[
+        int, "characters; rows with longer ones are quarantined (after another value, --retry tries them again)"
+    ] = prompt.LONGEST_CAPTION
     retry: Annotated[bool, "try the rows again that were quarantined"] = False
     device: Annotated[
         str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
@@ -130,12 +133,13 @@ def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
 
 
 def prepare(
-    index: int, value: Any, roots: Sequence[Path], tokenizer: Tokenizer, size: int, seed: int
-) -> Prepared | Rejected:
+    index: int, value: Any, roots: Sequence[Path], tokenizer: Tokenizer, size: int, seed: int,
+    longest: int = prompt.LONGEST_CAPTION,
+) -> Prepared | Rejected:  # fmt: skip
     """Everything about a row that needs no model: a function of the row, its file and the settings."""
     try:
         row = dataset.row(value)
-        if problem := prompt.caption_problem(tokenizer, row.prompt):
+        if problem := prompt.caption_problem(tokenizer, row.prompt, longest):
             raise InputError(problem)
         loaded = images.load(dataset.find(row.file, roots), size)
         prompt.check_size(tokenizer, *loaded.image.size)
@@ -159,7 +163,7 @@ def _encode(
 ) -> Tally:
     """This rank's part of the work, with progress on rank 0's terminal."""
     roots = _roots(run)
-    ready = lambda i: prepare(i, rows[i], roots, tokenizer, run.size, run.seed)
+    ready = lambda i: prepare(i, rows[i], roots, tokenizer, run.size, run.seed, run.longest_caption)
 
     def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
         with places.writable(out):
@@ -274,7 +278,7 @@ def _crop(source: tuple[int, int], target: int) -> dict[str, Any] | None:
 def _check(run: Settings, tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
-    for name, least in (("batch", 1), ("seed", 0), ("shard", 1), ("workers", 1)):
+    for name, least in (("batch", 1), ("seed", 0), ("shard", 1), ("workers", 1), ("longest_caption", 1)):
         if (value := getattr(run, name)) is not None and value < least:
             raise InputError(f"--{name} {value}: expected at least {least}")
     if run.image_root and not run.image_root.is_dir():

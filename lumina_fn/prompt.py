@@ -26,6 +26,7 @@ from lumina_fn.vocab import (
     size_text,
 )
 
+LONGEST_CAPTION = 100_000  # characters: ten times what fits into the released model's context
 LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
 CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
 PATCH = 32  # pixels
@@ -65,8 +66,11 @@ def check_size(tokenizer: Tokenizer, width: int, height: int) -> None:
             )
 
 
-def caption_problem(tokenizer: Tokenizer, caption: str) -> str | None:
-    """Why this caption cannot be used: it would encode to a control token, or is no Unicode text. None if it can."""
+def caption_problem(tokenizer: Tokenizer, caption: str, longest: int = LONGEST_CAPTION) -> str | None:
+    """Why this caption cannot be used: it has more than `longest` characters, would encode to a control token, or is no Unicode
+    text. None if it can."""
+    if len(caption) > longest:  # first: the tokenizer takes minutes for 40 MB, and ends the process for 300
+        return f"the prompt has {len(caption)} characters, more than {longest}"
     try:
         caption.encode()
     except UnicodeEncodeError:
