@@ -160,7 +160,9 @@ def _store(here: Place, ending: Ending) -> dist.Store:
     MASTER_ADDR alone.
     """
     if ending.guard.folder is not None:
-        return dist.FileStore(str(ending.guard.folder / guard.STORE), -1)
+        path = ending.guard.folder / guard.STORE
+        path.touch()  # an error where the folder is gone: FileStore waits for it, and holds up all threads of this process
+        return dist.FileStore(str(path), -1)
     if here.size == 1:
         return dist.HashStore()
     host = here.address if here.stored or not here.one_host else addresses.LOOPBACK

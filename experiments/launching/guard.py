@@ -6,6 +6,7 @@ before its rank imports PyTorch, and shares no lock with it.
 """
 
 import ctypes
+import fcntl
 import os
 import select
 import shutil
@@ -20,7 +21,7 @@ LOOK = 1.0  # seconds from one look to the next
 GRACE = 10  # looks at a rank that should end, after which it is killed. Looks, not time: a guard may be stopped as well
 TOUCH = 3600  # looks from one touch of the store to the next: who cleans /tmp removes what is untouched for days
 NEIGHBOUR, DONE = b"n", b"d"  # what a rank tells: here is the connection to my neighbour; I have nothing more to do
-KEEPER, STORE = "keeper", "store"  # files in a launch's folder: the guard that will remove it, and what ranks share
+KEEPER, STORE = "keeper", "store"  # files in a launch's folder: the guard that waits for its launcher, and what ranks share
 _SET_DEATH_SIGNAL = 1  # Linux's PR_SET_PDEATHSIG
 
 Process = tuple[int, int]  # its id, and when it started: an id may come again
@@ -122,29 +123,44 @@ def guard(rank: int, launcher: Process | None, channel: socket.socket, folder: P
     return done
 
 
-def keep(folder: Path, launcher: Process) -> None:
-    """Remove a launch's folder when the launcher is gone; leave it to the guard of a rank that was started again."""
-    keeper = str(os.getpid())
-    with suppress(OSError):
-        while not is_gone(launcher):
-            if (folder / KEEPER).read_text() != keeper:
-                return
+def hold(folder: Path) -> int:
+    """While this process lives, or until the descriptor is closed, nobody removes the folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def tidy(folder: Path, launcher: Process) -> None:
+    """Remove a launch's folder if the launcher is gone and no rank holds it any more: the last rank's guard finds it so.
+
+    A launcher that is there may start ranks again. The first rank's guard waits for it, until another attempt's does.
+    """
+    with suppress(OSError):  # no keeper: its rank ended in its first milliseconds
+        while not is_gone(launcher) and (folder / KEEPER).read_text() == str(os.getpid()):
             time.sleep(LOOK / 5)
-        shutil.rmtree(folder)
+    if not is_gone(launcher):
+        return
+    with suppress(OSError):  # another guard was first
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        for _ in range(10):  # a rank's files may be closed a moment after its end is seen
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return shutil.rmtree(folder)
+            time.sleep(LOOK / 10)
 
 
 def main() -> None:
     wake_with_parent()
-    rank, descriptor, folder, *launcher = sys.argv[1:]
+    rank, descriptor, folder, keeps, *launcher = sys.argv[1:]
     launcher = (int(launcher[0]), int(launcher[1])) if launcher else None
     folder = Path(folder) if folder else None
-    if folder is not None:
+    if folder is not None and keeps == KEEPER:
         (folder / KEEPER).write_text(str(os.getpid()))
     done = guard(int(rank), launcher, socket.socket(fileno=int(descriptor)), folder)
     if launcher is not None and not done:
         wake(launcher)
     if folder is not None:
-        keep(folder, launcher)
+        tidy(folder, launcher)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,13 @@ class Guard:
         self.torchrun = here.torchrun
         self.launcher = guard.launcher_above(LAUNCHER, place.RUN_ID) if here.torchrun else None
         # The store of a launch on one machine. Over several ranks meet in torchrun's.
-        self.folder = _folder(self.launcher, here) if self.launcher is not None and here.one_host else None
+        self.folder = None
+        if self.launcher is not None and here.one_host:
+            self.folder = _folder(self.launcher, here)
+            self._hold = guard.hold(self.folder)
         self._channel, channel = socket.socketpair()
-        keeps = self.folder if here.local_rank == 0 else None
-        words = [os.getpid(), channel.fileno(), keeps or "", *(self.launcher or ())]
+        keeps = guard.KEEPER if here.local_rank == 0 else ""
+        words = [os.getpid(), channel.fileno(), self.folder or "", keeps, *(self.launcher or ())]
         environment = {name: value for name, value in os.environ.items() if name not in place.NAMES}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *map(str, words)], pass_fds=[channel.fileno()], cwd="/",
