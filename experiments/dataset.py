@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from experiments import dataset_html, dataset_looks, dataset_report, dataset_verify, settings
 from experiments.dataset_looks import Look
-from experiments.settings import POSITIONAL, EnvCheck
+from experiments.settings import POSITIONAL, SEED, EnvCheck, Range
 from lumina_fn import data, dataset, errors, images, prompt, vq
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
@@ -41,10 +41,12 @@ class Report:
     model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
     size: Annotated[int, "for DATA.json: the --size that pretokenize will be given"] = 768
-    samples: Annotated[int, "pictures shown, drawn at random"] = 12
-    seed: Annotated[int, "of that draw; for DATA.json also the --seed that pretokenize will be given"] = 0
+    samples: Annotated[int, "pictures shown, drawn at random", Range(0, 10**4)] = 12
+    seed: Annotated[int, "of that draw; for DATA.json also the --seed that pretokenize will be given", SEED] = 0
     near: Annotated[bool, "look for near-duplicates; of FEATURES this reads or decodes every picture"] = True
-    distance: Annotated[int, "bits of 64 in which the difference hashes of near-duplicates may differ"] = 3
+    distance: Annotated[
+        int, "bits of 64 in which the difference hashes of near-duplicates may differ", Range(0, 16)
+    ] = 3
     json: Annotated[Path | None, "file to write the numbers to"] = None
     out: Annotated[Path | None, "folder to write report.txt, report.json and report.html to, must not exist"] = None
     device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
@@ -99,11 +101,6 @@ def _check(run: Report, is_features: bool) -> None:
             raise InputError(
                 f"--{name}: not of use for {run.source}, which is {'a folder' if is_features else 'no folder'}; leave it out"
             )
-    for name, least in (("samples", 0), ("seed", 0), ("distance", 0)):
-        if getattr(run, name) < least:
-            raise InputError(f"--{name} {getattr(run, name)}: expected {least} or more")
-    if run.distance > 16:
-        raise InputError(f"--distance {run.distance}: expected at most 16; beyond, most pictures are alike")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     if run.json and run.json.exists():

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from experiments import dataset_looks, settings
-from experiments.settings import POSITIONAL, EnvCheck
+from experiments.settings import POSITIONAL, SEED, EnvCheck, Range
 from lumina_fn import checkpoint, data, dataset, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError, printable
@@ -24,9 +24,11 @@ class Verify:
     vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
     image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
-    n: Annotated[int, "pictures, drawn at random"] = 64
-    seed: Annotated[int, "of that draw"] = 0
-    allow: Annotated[float, "share of a picture's codes that may differ: another device rounds differently"] = 0.0
+    n: Annotated[int, "pictures, drawn at random", Range(1)] = 64
+    seed: Annotated[int, "of that draw", SEED] = 0
+    allow: Annotated[
+        float, "share of a picture's codes that may differ: another device rounds differently", Range(0, 1)
+    ] = 0.0
     device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
     env_check: EnvCheck = "error"
 
@@ -39,12 +41,6 @@ class Compared(NamedTuple):
 
 def verify(run: Verify) -> int:
     """0 if the sample is the same, 1 if not; a line for every row that is not."""
-    if run.n < 1:
-        raise InputError(f"--n {run.n}: expected at least 1")
-    if run.seed < 0:
-        raise InputError(f"--seed {run.seed}: expected 0 or more")
-    if not 0 <= run.allow < 1:
-        raise InputError(f"--allow {run.allow}: expected a share from 0 to below 1")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     features = data.FeatureSet(run.features)

@@ -1,10 +1,11 @@
 """The settings of experiments.finetune: its flags, their defaults and what they mean."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from experiments.settings import REPEATED, EnvCheck
+from experiments.settings import REPEATED, SEED, EnvCheck, Range
 
 
 @dataclass(frozen=True)
@@ -17,22 +18,23 @@ class Settings:
         REPEATED,
     ]
     out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
-    steps: Annotated[int, "how many"] = 5000
-    batch: Annotated[int, "samples per step, over all processes"] = 8
+    steps: Annotated[int, "how many", Range(1, 10**9)] = 5000
+    batch: Annotated[int, "samples per step, over all processes", Range(1, 1 << 20)] = 8
     micro_batch: Annotated[
         int,
         "samples (with --pack, rows) per forward and backward of a process; a step accumulates as many as its share needs",
+        Range(1, 1 << 16),
     ] = 1
-    lr: Annotated[float, "peak learning rate"] = 2e-5
-    warmup: Annotated[int, "steps of linear warm-up"] = 0
+    lr: Annotated[float, "peak learning rate", Range(0, 1, above=True)] = 2e-5
+    warmup: Annotated[int, "steps of linear warm-up", Range(0, 10**9)] = 0
     schedule: Annotated[Literal["constant", "cosine"], "of the learning rate after warm-up; cosine ends at 0"] = (
         "constant"
     )
-    weight_decay: Annotated[float, "of AdamW, on every parameter"] = 1e-2
-    clip: Annotated[float, "global gradient norm"] = 1.0
-    z_weight: Annotated[float, "weight of the z-loss"] = 1e-5
-    caption_drop: Annotated[float, "probability that an item loses its caption, for guidance"] = 0.1
-    seed: Annotated[int, "of the order and the caption drop"] = 0
+    weight_decay: Annotated[float, "of AdamW, on every parameter", Range(0, 10**6)] = 1e-2
+    clip: Annotated[float, "global gradient norm", Range(0, math.inf, above=True)] = 1.0
+    z_weight: Annotated[float, "weight of the z-loss", Range(0, 1)] = 1e-5
+    caption_drop: Annotated[float, "probability that an item loses its caption, for guidance", Range(0, 1)] = 0.1
+    seed: Annotated[int, "of the order and the caption drop", SEED] = 0
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
@@ -49,6 +51,7 @@ class Settings:
     shard_size: Annotated[
         int | None,
         "processes that share one copy of the model under hybrid strategies; divides their number (default: those of one machine)",
+        Range(1, 1 << 20),
     ] = None
     param_dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16", "float16"],
@@ -79,23 +82,27 @@ class Settings:
         Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
     ] = "shuffled"
     pack: Annotated[
-        int | None, "tokens of a row that several samples share; the loss is the same (default: each has its own)"
+        int | None,
+        "tokens of a row that several samples share; the loss is the same (default: each has its own)",
+        Range(1, 1 << 20),
     ] = None
-    log_every: Annotated[int, "steps between lines of metrics.jsonl"] = 10
+    log_every: Annotated[int, "steps between lines of metrics.jsonl", Range(1)] = 10
     profile: Annotated[
         int,
         "steps whose time is taken apart, once it is warm: OUT/profile/trace.json (for chrome://tracing or Perfetto) and ops.txt, "
         "of the first process; 0: none",
+        Range(0, 1000),
     ] = 0
     noise_scale_every: Annotated[
         int,
         "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
+        Range(0),
     ] = 0
     save_every: Annotated[
-        int, "steps between checkpoints, of which one is also written early and one at the end; 0: none"
+        int, "steps between checkpoints, of which one is also written early and one at the end; 0: none", Range(0)
     ] = 500
-    keep: Annotated[int, "checkpoints that are kept: the last ones"] = 2
-    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too"] = None
+    keep: Annotated[int, "checkpoints that are kept: the last ones", Range(1)] = 2
+    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too", Range(1)] = None
     resume: Annotated[
         str,
         "auto: from OUT's last checkpoint, if it has one; no; the step of a checkpoint; or last-good: the last whose files are "

@@ -22,8 +22,8 @@ from experiments import migration_guide, settings
 from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
-from experiments.settings import POSITIONAL
-from lumina_fn import errors, imported, prompt, shards
+from experiments.settings import POSITIONAL, Range
+from lumina_fn import errors, images, imported, prompt, shards
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
 from lumina_fn.shards import Feature, Origin, Rejected
@@ -36,7 +36,11 @@ class Settings:
     source: Annotated[Path, "a MindSpeed-MM checkout, a folder with the guide's files, or one of extracted features", POSITIONAL]  # fmt: skip
     out: Annotated[Path, "folder to write, must not exist"]
     model: Annotated[Path | None, "for features: the model's folder; only its tokenizer is read"] = None
-    size: Annotated[int, "for features: pixels of the side they were extracted for (target_size); 0: not known"] = 0
+    size: Annotated[
+        int,
+        "for features: pixels of the side they were extracted for (target_size); 0: not known",
+        Range(0, images.MAX_TARGET),
+    ] = 0
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 

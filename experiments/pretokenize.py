@@ -29,7 +29,7 @@ from experiments import claims, distributed, run_folder, settings
 from experiments.claims import Shard
 from experiments.distributed import ALONE, World
 from experiments.encoding import Encode, Prepared, Tally, encode_shards
-from experiments.settings import POSITIONAL, EnvCheck
+from experiments.settings import POSITIONAL, SEED, EnvCheck, Range
 from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, marks, places, reading
@@ -51,14 +51,18 @@ class Settings:
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
     size: Annotated[int, "pixels, a multiple of 32: pictures become about size x size, whatever their shape"] = 768
     image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
-    seed: Annotated[int, "of the choice which prompts say the picture's size"] = 0
-    batch: Annotated[int, "pictures encoded at once"] = 8
-    shard: Annotated[int, "rows of a shard: what a process takes on at a time"] = shards.SHARD_ITEMS
+    seed: Annotated[int, "of the choice which prompts say the picture's size", SEED] = 0
+    batch: Annotated[int, "pictures encoded at once", Range(1, 1 << 12)] = 8
+    shard: Annotated[int, "rows of a shard: what a process takes on at a time", Range(1, 1 << 20)] = shards.SHARD_ITEMS
     workers: Annotated[
-        int | None, "threads of a process that read and cut pictures (default: its share of the cores)"
+        int | None,
+        "threads of a process that read and cut pictures (default: its share of the cores)",
+        Range(1, 1 << 10),
     ] = None
     longest_caption: Annotated[
-        int, "characters; rows with longer ones are quarantined (after another value, --retry tries them again)"
+        int,
+        "characters; rows with longer ones are quarantined (after another value, --retry tries them again)",
+        Range(1, 10**7),
     ] = prompt.LONGEST_CAPTION
     retry: Annotated[bool, "try the rows again that were quarantined"] = False
     device: Annotated[
@@ -278,9 +282,6 @@ def _crop(source: tuple[int, int], target: int) -> dict[str, Any] | None:
 def _check(run: Settings, tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
-    for name, least in (("batch", 1), ("seed", 0), ("shard", 1), ("workers", 1), ("longest_caption", 1)):
-        if (value := getattr(run, name)) is not None and value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from experiments import settings
-from experiments.settings import EnvCheck
+from experiments.settings import SEED, EnvCheck, Range
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, places, reading
@@ -28,6 +28,7 @@ from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids
 
+MOST_CODES = 1 << 30  # 8 GB of them are held until the pictures are written: 116,000 pictures of 768 px
 SCHEDULES = {"constant": sample.constant, "reference": sample.reference}
 
 
@@ -40,16 +41,20 @@ class Settings:
     prompts: Annotated[Path | None, "instead of --prompt: a text file, UTF-8, one prompt per line"] = None
     width: Annotated[int, "pixels, a multiple of 32"] = 768
     height: Annotated[int, "pixels, a multiple of 32"] = 768
-    n: Annotated[int, "pictures per prompt"] = 1
-    batch: Annotated[int, "pictures drawn at once; more are faster and take more memory"] = 1
-    seed: Annotated[int, "with a prompt's and its picture's number it fixes the picture, whatever the batch"] = 0
-    guidance: Annotated[float, "how far to move from the scores without the prompt past those with it; 1: not"] = 4.0
+    n: Annotated[int, "pictures per prompt", Range(1, 10**6)] = 1
+    batch: Annotated[int, "pictures drawn at once; more are faster and take more memory", Range(1, 1 << 12)] = 1
+    seed: Annotated[int, "with a prompt's and its picture's number it fixes the picture, whatever the batch", SEED] = 0
+    guidance: Annotated[
+        float, "how far to move from the scores without the prompt past those with it; 1: not", Range(0, 1000)
+    ] = 4.0
     guidance_schedule: Annotated[
         Literal["constant", "reference"], "reference: the original's, which decays to 4 within the first rows"
     ] = "constant"
-    top_k: Annotated[int, "draw among the k likeliest codes"] = 4096
-    temperature: Annotated[float, "of the draw; 0: always the likeliest code"] = 1.0
-    min_p: Annotated[float, "leave out codes that, before guidance, have less than this part of the likeliest's"] = 0.0
+    top_k: Annotated[int, "draw among the k likeliest codes", Range(1, 1 << 20)] = 4096
+    temperature: Annotated[float, "of the draw; 0: always the likeliest code", Range(0, 1000)] = 1.0
+    min_p: Annotated[
+        float, "leave out codes that, before guidance, have less than this part of the likeliest's", Range(0, 1)
+    ] = 0.0
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of the model; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
@@ -136,6 +141,12 @@ def write(
 
 def _check(run: Settings, captions: list[str], tokenizer: Tokenizer) -> None:
     prompt.check_size(tokenizer, run.width, run.height)
+    codes = len(captions) * run.n * (run.height * run.width // PIXELS_PER_CODE**2)
+    if codes > MOST_CODES:
+        raise InputError(
+            f"{len(captions)} prompts x --n {run.n} of {run.width}x{run.height} pixels are {codes} codes, at most {MOST_CODES} are "
+            "drawn in a run: give fewer prompts, or a smaller --n"
+        )
     for number, caption in enumerate(captions, 1):
         if problem := prompt.caption_problem(tokenizer, caption):
             raise InputError(f"prompt {number}: {problem}; leave it out")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import types
@@ -12,6 +13,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     NoReturn,
     TypeVar,
     Union,
@@ -32,6 +34,23 @@ POSITIONAL = object()  # `Annotated[Path, "help", POSITIONAL]`: named by its pla
 REPEATED = (
     object()
 )  # `Annotated[tuple[Path, ...], "help", REPEATED]`: a flag without default, given once for each value
+
+
+class Range(NamedTuple):
+    """`Annotated[int, "help", Range(1, 10)]`: the values that make sense, and what there is no machine for."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False  # `least` itself is left out
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a value; NaN is in no range."""
+        if not (value > self.least if self.above else value >= self.least):
+            return f"expected more than {self.least}" if self.above else f"expected at least {self.least}"
+        return None if value <= self.most else f"expected at most {self.most}"
+
+
+SEED = Range(0, (1 << 63) - 1)
 DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is there
 EnvCheck = Annotated[
     Literal["error", "warn"],
@@ -69,8 +88,13 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
             parser.add_argument(flag, action="append", required=True, **common, **values)
         else:
             parser.add_argument(flag, default=field.default, required=required, **common, **_values(hint))
-    given = vars(parser.parse_args(argv)).items()
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given})
+    given = vars(parser.parse_args(argv))
+    for name, hint in hints.items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Range) and given[name] is not None and (problem := mark.problem(given[name])):
+                flag = name if POSITIONAL in hint.__metadata__ else f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} {given[name]}: {problem}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _given(hint: Any) -> Any:

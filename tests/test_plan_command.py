@@ -112,7 +112,7 @@ def test_a_folder_needs_its_config_alone(tmp_path, capsys):
         ("--devices 8 --efficiency 0", "--efficiency 0.0: expected a fraction"),
         ("--devices 8 --strategy hybrid --shard-size 3", "--shard-size 3: expected a divisor of the 8 devices"),
         ("--devices 8 --strategy zero9", "zero9"),
-        ("--devices 8 --model nowhere", "nowhere/config.json is missing"),
+        ("--devices 8 --model nowhere", "nowhere/config.json: No such file"),
         ("--devices 8 --model experiments/demo/assets/vq", "describes no Lumina transformer"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_model_that_masks_image_ids_still_draws(call, tmp_path, tokens):
         (("--prompt", "a", "--batch", 0), "batch 0"),
         (("--prompt", "a", "--guidance", "nan"), "guidance nan"),
         (("--prompt", "a", "--guidance-schedule", "other"), "guidance-schedule"),
-        (("--prompt", "a", "--top-k", 0), "top_k 0"),
+        (("--prompt", "a", "--top-k", 0), "--top-k 0"),
         (("--prompt", "a", "--temperature", -1), "temperature -1"),
         (("--prompt", "a", "--min-p", 1), "min_p 1"),
         (("--prompt", "a", "--device", "toaster"), "--device toaster"),
