@@ -305,6 +305,37 @@ def test_a_rank_that_hangs_is_killed(launch, inputs, tmp_path):
     assert_nothing_is_left(run, [run.rank(0)], 25)
 
 
+SAVING = """
+import os, time
+from experiments import distributed, finetune, finetuning
+def save(run, argv, world):
+    with world.stopping() as stop:
+        step = 1
+        while not stop.before(step):
+            open(os.environ["RANK"], "w").close()
+            time.sleep(0.1)
+            step += 1
+        time.sleep(13 if world.rank else 0)
+        open("saved by " + os.environ["RANK"], "w").close()
+    return 143
+finetuning.main = save
+distributed.run(finetune.main)
+"""
+
+
+@slow
+def test_ranks_that_save_once_they_are_asked_to_stop_are_left_alone(launch, inputs, tmp_path):
+    """One for longer than a guard waits for a rank that should have ended."""
+    command = [test_launch.TORCHRUN, "--nproc_per_node", 2, "--no-python", sys.executable]
+    run = launch(*command, "-c", SAVING, *inputs, "--out", tmp_path / "run")
+    until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), 60, run)
+    run.process.terminate()
+    run.wait(29)
+    assert (tmp_path / "saved by 0").exists()
+    assert (tmp_path / "saved by 1").exists()
+    assert run.reasons() == []
+
+
 @slow
 def test_a_launcher_is_found_above_a_shell(launch, inputs, tmp_path):
     """Whose end a rank sees though its parent lives on."""
