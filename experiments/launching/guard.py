@@ -21,7 +21,8 @@ LOOK = 1.0  # seconds from one look to the next
 GRACE = 10  # looks at a rank that should end, after which it is killed. Looks, not time: a guard may be stopped as well
 TOUCH = 3600  # looks from one touch of the store to the next: who cleans /tmp removes what is untouched for days
 NEIGHBOUR, DONE = b"n", b"d"  # what a rank tells: here is the connection to my neighbour; I have nothing more to do
-KEEPER, STORE = "keeper", "store"  # files in a launch's folder: the guard that waits for its launcher, and what ranks share
+# Files in a launch's folder: the guard that waits for its launcher, and what ranks share.
+KEEPER, STORE = "keeper", "store"
 _SET_DEATH_SIGNAL = 1  # Linux's PR_SET_PDEATHSIG
 
 Process = tuple[int, int]  # its id, and when it started: an id may come again
@@ -34,7 +35,7 @@ def wake_with_parent() -> None:
 
 def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the third one on: state, parent, ...; none where there is no such process."""
-    with suppress(OSError):
+    with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return []
 
@@ -46,7 +47,11 @@ def identify(pid: int) -> Process | None:
 
 
 def is_gone(process: Process) -> bool:
-    return identify(process[0]) != process
+    """Whether a process has ended; one that cannot be looked at now, where files are at their limit, has not."""
+    try:
+        return identify(process[0]) != process
+    except OSError:
+        return False
 
 
 def launcher_above(parent: int, variable: str) -> Process | None:
