@@ -6,11 +6,14 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import NoReturn, TextIO
 
 from lumina_fn import starting
+
+LONGEST = 4000  # characters of an error's line: it may quote a stranger's file
 
 
 class InputError(ValueError):
@@ -20,6 +23,12 @@ class InputError(ValueError):
 def printable(text: object) -> str:
     """`text` with control characters (terminal escapes, newlines) escaped, so that a stranger's file name or caption prints inert."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def listed(names: Collection[object]) -> str:
+    """The first five names and how many more there are, inert and short whatever a stranger's file holds."""
+    first = [printable(name if len(name) <= 200 else f"{name[:200]}...") for name in map(str, islice(names, 5))]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +61,7 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
             sys.stdout.flush()
         return code
     except InputError as error:
-        tell(f"error: {printable(error)}")
+        tell(f"error: {printable(str(error)[:LONGEST])}")
         return 2
     except KeyboardInterrupt:
         tell("stopped")
@@ -64,6 +73,9 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
             tell("stopped")
             return 130
         lost = _lost_output() if isinstance(error, OSError) else None
+        if lost is None and isinstance(error, OSError) and error.filename is not None:  # a disk that fails, say
+            tell(f"error: {printable(error.filename)}: {error.strerror}")
+            return 1
         if lost is None:
             raise
         if lost != errno.EPIPE:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
 from lumina_fn.config import ModelConfig
-from lumina_fn.errors import InputError, printable
+from lumina_fn.errors import InputError, listed, printable
 from lumina_fn.vocab import LUMINA_CODE0, LUMINA_CODES, LUMINA_END, LUMINA_NEWLINE, LUMINA_START, LUMINA_VOCAB, Ids
 
 LARGEST = 1 << 24  # of any size; keeps a product of two far from overflow
@@ -80,7 +80,7 @@ def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[Mod
     unknown = (
         config.keys() - _NEUTRAL - _ONLY.keys() - {name for name, _ in _SIZES.values()} - set(_DROPOUT) - {"head_dim"}
     )
-    wrong = [f"{name} is a field this model does not have" for name in sorted(unknown)]
+    wrong = [f"this model does not have the fields {listed(sorted(unknown))}"] if unknown else []
     wrong += [
         f"{name} is {config[name]!r}, supported is {value!r}"
         for name, value in _ONLY.items()

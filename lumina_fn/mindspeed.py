@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumina_fn import dcp, tensor_files, torch_zip
 from lumina_fn.disk import reading, within
-from lumina_fn.errors import InputError, printable
+from lumina_fn.errors import InputError, listed, printable
 from lumina_fn.tensor_files import Later, Stored
 
 ITERATION = "latest_checkpointed_iteration.txt"
@@ -51,7 +51,7 @@ def read(path: Path, base: Stored | Later | None) -> Found:
     if (path / ITERATION).exists():
         folder, what = _newest(path)
         if not folder.is_dir() or not folder.resolve().is_relative_to(within.root(path)):
-            there = ", ".join(sorted(p.name for p in path.glob("iter_*"))) or "none"
+            there = listed(sorted(p.name for p in path.glob("iter_*"))) or "none"
             raise InputError(
                 printable(
                     f"{path / ITERATION} names {folder.name}, which is missing or a link out of it (there are: {there}); give one's folder"
@@ -110,7 +110,7 @@ def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored |
     plain = {plain_key(key): tensor for key, tensor in found.items()}
     if len(plain) != len(found):
         twice = [key for key, n in Counter(map(plain_key, found)).items() if n > 1]
-        raise InputError(printable(f"{folder} holds tensors under two names: {', '.join(twice)}"))
+        raise InputError(printable(f"{folder} holds tensors under two names: {listed(twice)}"))
     return plain
 
 
@@ -158,5 +158,5 @@ def _whole_norm(
 
 def _ignored(keys: Iterable[str]) -> list[str]:
     groups = Counter(re.split("[./]", key, maxsplit=1)[0] for key in keys)
-    listed = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in groups.items())
-    return [f"ignored {groups.total()} entries beside the weights: {printable(listed)}"] if groups else []
+    counted = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
+    return [f"ignored {groups.total()} entries beside the weights: {listed(counted)}"] if groups else []

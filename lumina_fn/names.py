@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TypeVar
 
 import optree
@@ -72,22 +73,38 @@ MOVQGAN: Table = (
 )
 
 
-def _renamed(name: str, pattern: str, other: str) -> str | None:
-    match = re.fullmatch(re.escape(pattern).replace(r"\*", "(0|[1-9][0-9]{0,5})"), name, re.ASCII)
-    if match is None:
-        return None
-    numbers = iter(match.groups())
-    return re.sub(r"\*", lambda _: next(numbers), other)
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])", re.ASCII)
+
+
+@cache
+def _by_form(table: Table, column: int) -> dict[str, list[tuple[re.Pattern[str], str]]]:
+    """What matches each name of a column, and the other column's name; found by the name with a * for every number.
+
+    A stranger's file may hold a million keys: none of them is held against every row.
+    """
+    found: dict[str, list[tuple[re.Pattern[str], str]]] = {}
+    for row in table:
+        pattern = re.compile(re.escape(row[column]).replace(r"\*", "(0|[1-9][0-9]{0,5})"), re.ASCII)
+        found.setdefault(_NUMBER.sub("*", row[column]), []).append((pattern, row[1 - column]))
+    return found
+
+
+def _renamed(name: str, table: Table, column: int) -> str | None:
+    for pattern, other in _by_form(table, column).get(_NUMBER.sub("*", name), ()):
+        if match := pattern.fullmatch(name):
+            numbers = iter(match.groups())
+            return re.sub(r"\*", lambda _: next(numbers), other)  # noqa: B023
+    return None
 
 
 def to_native(key: str, table: Table) -> str | None:
     """Our path for their key; None for a key the table does not know."""
-    return next((path for ours, theirs in table if (path := _renamed(key, theirs, ours)) is not None), None)
+    return _renamed(key, table, 1)
 
 
 def to_source(path: str, table: Table) -> str | None:
     """Their key for our path; None for a path the table does not know."""
-    return next((key for ours, theirs in table if (key := _renamed(path, ours, theirs)) is not None), None)
+    return _renamed(path, table, 0)
 
 
 def flatten(tree: object) -> dict[str, Tensor]:

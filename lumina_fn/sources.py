@@ -21,7 +21,7 @@ from lumina_fn import (
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.disk import within
 from lumina_fn.disk.within import read_json
-from lumina_fn.errors import InputError, printable
+from lumina_fn.errors import InputError, listed, printable
 from lumina_fn.tensor_files import INDEX, Later, Stored, safetensors_header
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
 
 def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source:
-    """What lies at `path`, checked whole; InputError that lists all that is wrong with it.
+    """What lies at `path`, checked whole; InputError that says all that is wrong with it.
 
     `norm_from` is the model that a MindSpeed checkpoint's training began with, for what that lost (see mindspeed.py).
     """
@@ -176,7 +176,7 @@ def _open_ckpt(file: Path) -> Source:
 
 
 def _ignored(keys: list[str]) -> list[str]:
-    return [f"ignored {len(keys)} entries: {printable(', '.join(keys))}"] if keys else []
+    return [f"ignored {len(keys)} entries: {listed(keys)}"] if keys else []
 
 
 def _matched(
@@ -186,7 +186,7 @@ def _matched(
     table: names.Table | None,
     ignorable: tuple[str, ...],
 ) -> tuple[dict[str, Stored | Later], list[str]]:
-    """The tree's tensors by tree path and remarks on ignored ones; InputError that lists all missing, unknown, misshapen ones.
+    """The tree's tensors by tree path and remarks on ignored ones; InputError that lists missing, unknown, misshapen ones.
 
     Their keys are tree paths where there is no table.
     """
@@ -201,15 +201,15 @@ def _matched(
     keys = {path: path if table is None else names.to_source(path, table) for path in like}
     missing = [key for key in keys.values() if key not in found]
     extra = sorted(found.keys() - set(keys.values()))
-    ignored = [key for key in extra if key.startswith(ignorable or "\0")]
+    ignored = [key for key in extra if key.startswith(ignorable)]
+    unknown = [key for key in extra if not key.startswith(ignorable)]
     misshapen = []
     for path, key in keys.items():
         if key in found and (found[key].shape != tuple(like[path].shape) or not found[key].dtype.is_floating_point):
             has = f"{str(found[key].dtype).removeprefix('torch.')} {list(found[key].shape)}"
             misshapen.append(f"{key} ({has}, expected {list(like[path].shape)})")
-    unknown = [key for key in extra if key not in ignored]
     lists = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    if wrong := "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists.items() if keys):
+    if wrong := "; ".join(f"{what}: {listed(keys)}" for what, keys in lists.items() if keys):
         raise InputError(printable(f"{where} does not hold the tensors that its sizes call for: {wrong}"))
     return {path: found[key] for path, key in keys.items()}, _ignored(ignored)
 
@@ -225,14 +225,14 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
             raise InputError(f"{folder / INDEX} has no weight_map of tensor and file names")
         shards = sorted(set(where.values()))
         if absent := [name for name in shards if not (folder / name).exists()]:
-            raise InputError(printable(f"{folder} lacks the files of its index: {', '.join(absent)}; get them"))
+            raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them"))
     found: dict[str, Stored] = {}
     for shard in shards:
         header = safetensors_header(within.file(folder, shard))
         if where is not None:
             header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
         if twice := sorted(found.keys() & header.keys()):
-            raise InputError(printable(f"{folder} holds tensors in two files: {', '.join(twice)}"))
+            raise InputError(printable(f"{folder} holds tensors in two files: {listed(twice)}"))
         found |= header
     return found
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lumina_fn.config import VQConfig
-from lumina_fn.errors import InputError
+from lumina_fn.errors import InputError, listed
 from lumina_fn.hf_config import LARGEST
 
 
@@ -37,7 +37,7 @@ def of_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
     tell = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight")
     if missing := [key for key in (*tell, *first) if len(shapes.get(key, ())) < 2]:
         raise InputError(
-            f"{file} is no MoVQGAN: tensors that tell its sizes are missing or misshapen: {', '.join(missing)}"
+            f"{file} is no MoVQGAN: tensors that tell its sizes are missing or misshapen: {listed(missing)}"
         )
     channels = max(1, shapes[tell[0]][0])
     sizes = {
