@@ -25,9 +25,9 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def listed(names: Collection[object]) -> str:
-    """The first five names and how many more there are, inert and short whatever a stranger's file holds."""
-    first = [printable(name if len(name) <= 200 else f"{name[:200]}...") for name in map(str, islice(names, 5))]
+def listed(names: Collection[object], most: int = 5) -> str:
+    """The first names and how many more there are, inert and short whatever a stranger's file holds."""
+    first = [printable(name if len(name) <= 200 else f"{name[:200]}...") for name in map(str, islice(names, most))]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 

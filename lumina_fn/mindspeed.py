@@ -31,6 +31,8 @@ _BESIDE = re.compile(
     re.DOTALL,
 )
 
+KINDS = 10  # that are listed of what stands beside the weights: a checkpoint has at most so many
+
 
 class Found(NamedTuple):
     what: str
@@ -159,4 +161,4 @@ def _whole_norm(
 def _ignored(keys: Iterable[str]) -> list[str]:
     groups = Counter(re.split("[./]", key, maxsplit=1)[0] for key in keys)
     counted = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
-    return [f"ignored {groups.total()} entries beside the weights: {listed(counted)}"] if groups else []
+    return [f"ignored {groups.total()} entries beside the weights: {listed(counted, KINDS)}"] if groups else []
