@@ -7,9 +7,9 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,16 @@ MATHEMATICS = (
 )  # fmt: skip
 LATER = {"order": "shuffled", "pack": None}  # the same, with what they were for runs that are older than the flag
 FIRST = 3  # steps after which a run saves once, so that a disk that fails is found before hours are lost
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What a checkpoint of finetune's says of its run, beside what only people read."""
+
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    features: str | list[tuple[str, str]]
+    totals: dict[Literal["noise", "signal"], float]
 
 
 class Checkpoints:
@@ -144,10 +154,10 @@ def identity(
 def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: Sequence[Path]) -> None:
     """InputError that names what differs between a checkpoint's identity and a run's."""
     try:
-        then = {name: dict(meta[name]) for name in ("settings", "model")} | {"features": meta["features"]}
-        then["settings"] = LATER | then["settings"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{out} holds checkpoints that are not finetune's: give another --out") from error
+        of_run = reading.checked(OfRun, meta, out, "checkpoints of finetune's")
+    except InputError as error:
+        raise InputError(f"{out} holds checkpoints that are not finetune's ({error}): give another --out") from error
+    then = {"settings": LATER | of_run.settings, "model": of_run.model, "features": meta["features"]}
     wrong = [
         f"--{name.replace('_', '-')} was {then['settings'].get(name)}, is {now['settings'].get(name)}"
         for name in sorted(then["settings"].keys() | now["settings"].keys())

@@ -18,8 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lumina_fn.disk import files, marks, places
+from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError, printable
+from lumina_fn.manifest_content import Content, Hashes
 
 FORMAT = "lumina_fn/checkpoint/1"
 CHECKPOINTS, ORIGIN = (
@@ -152,8 +153,13 @@ def read(folder: Path, step: int) -> dict[str, Any]:
     content = whole.get("content")
     if not isinstance(content, dict) or whole.get("sha256") != hashlib.sha256(_text(content)).hexdigest():
         raise Damaged(f"{path} is damaged: its checksum differs")
-    if content["format"] != FORMAT:
-        raise Unusable(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}: use a newer version")
+    if content.get("format") != FORMAT:
+        raise Unusable(
+            printable(f"{path}: format {content.get('format')!r}, this version reads {FORMAT!r}: use a newer version")
+        )
+    _checked(Content, content, path)
+    if content["indices"].keys() != {f"{shard(rank)}.json" for rank in range(content["parts"])}:
+        raise Damaged(f"{path} is damaged: it lists other files than the indices of its {content['parts']} parts")
     if content["step"] != step:
         raise Damaged(f"{path} is damaged: it belongs to step {content['step']}")
     return content
@@ -164,8 +170,11 @@ def check_shard(folder: Path, step: int, name: str, content: dict[str, Any]) -> 
     root, index = folder / str(step), f"{name}.json"
     _check_file(root / index, content["indices"].get(index))
     listed = _read_json(root / index)
+    _checked(Hashes, listed, root / index)
     with _readable(root / name):
         found = _listed(root / name)
+    if missing := sorted(listed.keys() - set(found)):  # also a name that leads elsewhere
+        raise Damaged(printable(f"{root / name / missing[0]} is missing"))
     if extra := sorted(set(found) - listed.keys()):
         raise Damaged(f"{root / name / extra[0]} was not written with this checkpoint")
     for file, known in listed.items():
@@ -219,13 +228,24 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise Damaged(f"{path} is missing") from error
+    except Damaged:
+        raise
+    except InputError as error:
+        raise Damaged(f"{path} cannot be read: {error}") from error
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _hashed(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
+    with reading.opened(path, "a checkpoint's file") as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked(kind: Any, value: Any, path: Path) -> None:
+    try:
+        reading.checked(kind, value, path, "what a checkpoint says of itself")
+    except InputError as error:
+        raise Damaged(str(error)) from error
 
 
 def _listed(folder: Path) -> list[str]:
@@ -233,10 +253,10 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise Damaged(f"{path} is missing")
     with _readable(path):
-        if (size := path.stat().st_size) > LARGEST:
-            raise Damaged(f"{path} is damaged: it has {size} bytes")
-        data = path.read_bytes()
+        data = reading.contents(path, LARGEST, "what a checkpoint says of itself")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import tokenizers
 
+from lumina_fn import tokenizer_trial
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.vocab import (
     END_TEXT,
@@ -82,8 +84,9 @@ def caption_problem(tokenizer: Tokenizer, caption: str, longest: int = LONGEST_C
     return None
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json.
+def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json. The former is tried in a process of its own
+    first, once for each content, unless it was `tried` by the caller.
 
     Special ids are checked against `ids` in the folder's config.json, or against the released model's fixed ones where
     there is none or where its vocabulary is the released one. Raises InputError for a missing or different special token.
@@ -92,8 +95,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     spec = _read_json(folder / "tokenizer.json")
     names = _read_json(folder / "tokenizer_config.json")
     config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    text = json.dumps(spec)
+    if not tried:
+        with _library(f"{folder / 'tokenizer.json'}: not a tokenizer"):  # half of a surrogate pair, say
+            data = text.encode()
+        tokenizer_trial.check(data, folder / "tokenizer.json", tokenizer_trial.known_folder())
     with _library(f"{folder / 'tokenizer.json'}: not a tokenizer"):
-        model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        model = tokenizers.Tokenizer.from_str(text)
     model.no_truncation()
     model.no_padding()
 
@@ -139,21 +147,7 @@ def _library(what: str) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: not a regular file; expected a model folder with its tokenizer's files")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a model folder with its tokenizer's files") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not JSON ({error}): it is damaged or a Git LFS pointer, download the file itself"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return reading.json_object(path, "a model folder with its tokenizer's files", tokenizer_trial.MAX_BYTES)
 
 
 def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> int | None:

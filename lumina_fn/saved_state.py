@@ -162,6 +162,10 @@ class Stored:
         found = self.content["shapes"]
         layers = len({path.split(".")[1] for path in found if path.startswith("blocks.")})
         like = model.init(replace(LUMINA_7B, layers=layers), device="meta")
+        if found.keys() != names.flatten(like).keys():
+            raise Damaged(
+                f"{self.folder / str(step) / manifest.MANIFEST} is damaged: its parameters are not those of {layers} layers"
+            )
         self.shapes: Shapes = {path: tuple(found[path]) for path in names.flatten(like)}
         shaped = {path: torch.empty(shape, dtype=self.dtype, device="meta") for path, shape in self.shapes.items()}
         self.whole: model.Params = names.unflatten(like, shaped)
@@ -180,7 +184,12 @@ class Stored:
             begin = part * n
             if begin >= last or begin + n <= first:
                 continue
-            for piece in self._read(part, tree, number, len(sizes)):
+            pieces = self._read(part, tree, number, len(sizes))
+            if [len(piece) for piece in pieces] != ([n] if self.content["flat"] else sizes):
+                raise Damaged(
+                    f"{self.folder / str(self.step) / manifest.shard(part)} holds arrays of other sizes than it says"
+                )
+            for piece in pieces:
                 a, b = max(first, begin), min(last, begin + len(piece))
                 if a < b:
                     out[a - first : b - first] = piece[a - begin : b - begin]
@@ -216,7 +225,7 @@ class Stored:
             path = self.folder / str(self.step) / manifest.shard(part)
             try:
                 read = self._reader.restore(path, args=arguments)[tree][_unit(number)]
-            except (OSError, ValueError) as error:  # pruned, say, by the run that goes on
+            except (OSError, ValueError, KeyError, TypeError) as error:  # pruned, say, by the run that goes on
                 raise Damaged(f"{path} went away or changed while it was read") from error
             self._last = ((part, tree, number), [torch.from_numpy(read[name]).view(self.dtype) for name in pieces])
         return self._last[1]

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ops
+from lumina_fn import compile_cache
 
 
 class _Remat(torch.autograd.Function):
@@ -62,7 +63,7 @@ Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]  # a flat gr
 def inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     """The graph as machine code. It is flat already: Dynamo would only guard hundreds of parameters again."""
     with torch.no_grad():
-        return torch._inductor.compile(graph, examples)
+        return compile_cache.compiled(graph, examples)
 
 
 def keep_graph(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:

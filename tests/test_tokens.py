@@ -244,7 +244,7 @@ def test_ids_beyond_any_vocabulary_are_an_input_error(folder):
 def test_a_git_lfs_pointer_is_named(folder):
     """What a clone without Git LFS leaves in place of the released tokenizer.json."""
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(InputError, match=r"tokenizer\.json: not JSON .* a Git LFS pointer, download the file itself"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not JSON .* a Git LFS pointer, download the file itself"):
         prompt.load_tokenizer(folder)
 
 

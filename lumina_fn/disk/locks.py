@@ -74,11 +74,14 @@ def folder_of(path: Path) -> Iterator[int]:
 
 
 def remove_own(folder: Path, name: re.Pattern[str]) -> None:
-    """Remove the regular files of that name from a folder of ours; what else lies there stays."""
+    """Remove the regular files and the empty folders of that name from a folder of ours; what else lies there stays."""
     with folder_of(folder) as fd, os.scandir(fd) as entries:
         for entry in list(entries):
             if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=fd)
+            elif name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with suppress(OSError):  # something is in it
+                    os.rmdir(entry.name, dir_fd=fd)
 
 
 @contextmanager

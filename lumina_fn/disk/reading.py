@@ -87,7 +87,7 @@ def json_object(path: Path, expected: str = "a JSON object", limit: int = MAX_JS
     except (ValueError, RecursionError) as error:
         raise InputError(
             printable(
-                f"{path} is not JSON ({error}): it is truncated, damaged or a Git LFS pointer; expected {expected}"
+                f"{path} is not JSON ({error}): it is truncated, damaged or a Git LFS pointer, download the file itself; expected {expected}"
             )
         ) from error
     if not isinstance(value, dict):
@@ -114,7 +114,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-def checked(kind: type[T], value: Any, where: Path | str, expected: str) -> T:
+def checked(kind: Any, value: Any, where: Path | str, expected: str) -> Any:
     """A value that was parsed already, as one of `kind`. Raises InputError as `json_of` does."""
     try:
         return msgspec.convert(value, kind)

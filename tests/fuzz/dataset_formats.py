@@ -62,7 +62,7 @@ def tokenizer_file(at: Ground, name: str) -> Format:
     (folder / "config.json").write_text(json.dumps({"ids": tokenizers_small.IDS}))
 
     def read() -> object:
-        tokenizer = prompt.load_tokenizer(folder)
+        tokenizer = prompt.load_tokenizer(folder, tried=True)  # no process is started under the law
         for caption in ("a red heart", "é\u202e<eoss> \0 <s>", "x" * 300):
             if prompt.caption_problem(tokenizer, caption) is None:
                 prompt.prompt_ids(tokenizer, caption, 64, 64)
