@@ -78,5 +78,3 @@ def checksum(folder: Path, shard: Shard) -> str | None:
 def forget(folder: Path) -> None:
     """Remove the claims of a set that is finished; what else lies there stays."""
     locks.remove_own(folder / CLAIMS, _CLAIM)
-    with suppress(OSError):
-        (folder / CLAIMS).rmdir()

@@ -8,7 +8,6 @@ its config.json are read.
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from torch._ops import OpOverload
 
 from lumina_fn import checkpoint, errors
 from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files, places
+from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
 from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step
@@ -45,7 +44,7 @@ class Program(NamedTuple):
 
 def load(out: str | Path, file: str) -> Program:
     """One of the programs of a folder that `python -m lumina_fn.export` wrote. torch.export.load trusts its file: so must you."""
-    (entry,) = (p for p in json.loads((Path(out) / REPORT).read_text())["programs"] if p["file"] == file)
+    (entry,) = (p for p in reading.json_object(Path(out) / REPORT, "the report of an export")["programs"] if p["file"] == file)
     program = torch.export.load(Path(out) / file)
     return Program(program.module(), *(tuple(x["name"] for x in entry[key]) for key in ("inputs", "outputs")))
 

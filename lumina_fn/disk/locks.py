@@ -74,7 +74,7 @@ def folder_of(path: Path) -> Iterator[int]:
 
 
 def remove_own(folder: Path, name: re.Pattern[str]) -> None:
-    """Remove the regular files and the empty folders of that name from a folder of ours; what else lies there stays."""
+    """Remove the regular files and the empty folders of that name from a folder of ours, and it too where nothing else is in it."""
     with folder_of(folder) as fd, os.scandir(fd) as entries:
         for entry in list(entries):
             if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -82,6 +82,8 @@ def remove_own(folder: Path, name: re.Pattern[str]) -> None:
             elif name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with suppress(OSError):  # something is in it
                     os.rmdir(entry.name, dir_fd=fd)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

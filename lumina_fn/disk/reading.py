@@ -3,6 +3,7 @@
 A pipe is not waited for, a device is not read, a sparse terabyte is refused by its size, and text is UTF-8.
 """
 
+import codecs
 import json
 import os
 import stat
@@ -68,8 +69,9 @@ def text(path: Path, limit: int = MAX_TEXT, expected: str = "a text file") -> st
 
 def decoded(data: bytes, path: Path, expected: str = "a text file") -> str:
     """The text of these bytes of the file `path`. Raises InputError as `text` does."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
@@ -126,7 +128,10 @@ def lines(path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file of any length, numbered from 1, without their ends; a line too long to be one is an InputError."""
     with opened(path, expected) as file:
         for number in count(1):
-            line = file.readline(MAX_LINE + 1)
+            try:
+                line = file.readline(MAX_LINE + 1)
+            except OSError as error:
+                raise InputError(printable(f"{path}: {error.strerror}; expected {expected}")) from error
             if not line:
                 return
             if len(line) > MAX_LINE:
