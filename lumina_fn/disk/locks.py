@@ -18,6 +18,7 @@ from lumina_fn.errors import InputError
 log = logging.getLogger(__name__)
 
 # EBADF: NFS locks only what is open for writing, which a folder never is.
+LONGEST_PID = 20  # characters
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
 
 
@@ -105,7 +106,8 @@ def one_writer(out: Path) -> Iterator[None]:
                     log.warning("note: %s has no locks: see that no second run writes %s", out.parent, out)
                 if not _is_there(fd, name, parent):  # removed between the opening and the lock
                     continue
-                if (said := os.pread(fd, 32, 0)) and not said.strip().isdigit():
+                said = os.pread(fd, LONGEST_PID + 1, 0)
+                if said and (len(said) > LONGEST_PID or not said.strip().isdigit()):
                     raise InputError(f"{out.parent / name} is no lock of ours, which would have that name: remove it")
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, str(os.getpid()).encode(), 0)

@@ -120,7 +120,7 @@ def checked(kind: Any, value: Any, where: Path | str, expected: str) -> Any:
     """A value that was parsed already, as one of `kind`. Raises InputError as `json_of` does."""
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair is no ValidationError
         raise InputError(printable(f"{where} is damaged ({error}); expected {expected}")) from error
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lumina_fn import data, imported, prompt, shards
 from lumina_fn.errors import InputError
+from lumina_fn.features.parts import digest
 from tests import folders
 from tests.fuzz import pickles
 from tests.fuzz.containers import mutated_safetensors, mutated_torch_file, saved
@@ -44,6 +45,7 @@ def shard(at: Ground, part: str) -> Format:
         file.write_bytes(case)
         for entry in index["shards"]:
             entry["bytes"] = (folder / entry["file"]).stat().st_size
+            entry["sha256"] = digest(folder / entry["file"])  # or all that is read would be the checksum
         (folder / shards.INDEX).write_text(json.dumps(index))
 
     def read() -> object:

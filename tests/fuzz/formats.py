@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from tests.fuzz import dataset_formats, feature_formats, weight_formats
+from tests.fuzz import dataset_formats, feature_formats, state_formats, weight_formats
 from tests.fuzz.playground import Format, Ground
 
 FORMATS: dict[str, Callable[[Ground], Format]] = {
@@ -24,4 +24,9 @@ FORMATS: dict[str, Callable[[Ground], Format]] = {
     "config.json, Hugging Face": weight_formats.config,
     "config.json, native": weight_formats.native_config,
     "pictures": dataset_formats.picture,
+    "mark": state_formats.mark,
+    "lock": state_formats.lock,
+    "checkpoint manifest": partial(state_formats.checkpoint, part="manifest"),
+    "checkpoint manifest, signed": partial(state_formats.checkpoint, part="signed"),
+    "checkpoint index, signed": partial(state_formats.checkpoint, part="index"),
 }

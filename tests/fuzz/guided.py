@@ -37,7 +37,7 @@ def fuzz(name: str, root: Path, corpus: Path, options: list[str]) -> None:
 
     def one(data: bytes) -> None:
         form.place(data)
-        law.judge(form.read, at.folder, at.outside, form.refusal)
+        law.judge(form.read, at.folder, at.outside, form.refusal, form.writes)
 
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()

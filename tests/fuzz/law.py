@@ -40,6 +40,7 @@ class _Stopped(BaseException):
 
 
 _folder: list[str] = []  # what may be read now; empty: nothing is judged
+_writes: list[bool] = []  # whether the folder may be written to
 _seen: list[str] = []  # what was done against the law
 
 
@@ -72,11 +73,12 @@ def _audit(event: str, args: tuple) -> None:
         if isinstance(path, int):
             return
         real = os.path.realpath(os.fsdecode(path))
-        if flags & _WRITES:
+        inside = (real + os.sep).startswith(_folder[0] + os.sep) or not Path(os.fsdecode(path)).is_absolute()
+        if flags & _WRITES and not (_writes[0] and inside):
             _forbid(f"writes {real}")
         elif not (real + os.sep).startswith((_folder[0] + os.sep, *_LIBRARIES)):
             _forbid(f"reads {real}")
-    elif event.startswith(_FORBIDDEN):
+    elif event.startswith(_FORBIDDEN) and not (_writes[0] and event == "os.truncate"):
         _forbid(f"{event}{args!r:.200}")
 
 
@@ -91,26 +93,31 @@ def _late(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _watched(folder: Path) -> Iterator[None]:
+def _watched(folder: Path, writes: bool) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     _folder.append(os.path.realpath(folder))
+    _writes.append(writes)
     try:
         yield
     finally:
         _folder.clear()
+        _writes.clear()
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def judge(read: Callable[[], object], folder: Path, outside: Path, refusal: type[Exception]) -> bool:
+def judge(
+    read: Callable[[], object], folder: Path, outside: Path, refusal: type[Exception], writes: bool = False
+) -> bool:
     """Whether the reader accepts what lies in `folder` (it may refuse by this exception alone). Raises Violation for anything else.
 
     `outside` holds what must neither be read nor changed.
     """
     _seen.clear()
-    before, told, wrong = _listing(outside, folder), "", ""
+    watched = (outside,) if writes else (outside, folder)
+    before, told, wrong = _listing(*watched), "", ""
     memory = _most_memory()
     try:
-        with _watched(folder):
+        with _watched(folder, writes):
             told = str(read())
         accepted = True
     except refusal as error:
@@ -127,7 +134,7 @@ def judge(read: Callable[[], object], folder: Path, outside: Path, refusal: type
     found = [*_seen, *([wrong] if wrong else [])]
     found += [f"takes {grown} bytes"] * (grown > MEMORY)
     found += ["reads the canary"] * (CANARY in told)
-    found += ["changes files"] * (_listing(outside, folder) != before)
+    found += ["changes files"] * (_listing(*watched) != before)
     if found:
         raise Violation("; ".join(found))
     return accepted

@@ -22,6 +22,7 @@ class Format(NamedTuple):
     place: Callable[[bytes], object]  # puts a case into the folder
     read: Callable[[], object]  # returns what must not hold the canary
     refusal: type[Exception] = InputError
+    writes: bool = False  # in the folder, as part of reading
 
 
 class Ground(NamedTuple):

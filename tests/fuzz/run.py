@@ -33,7 +33,7 @@ def cases(name: str, count: int, seed: int, root: Path, saved: Path, told) -> No
         (root / "case").write_bytes(data)
         form.place(data)
         try:
-            tally[law.judge(form.read, at.folder, at.outside, form.refusal)] += 1
+            tally[law.judge(form.read, at.folder, at.outside, form.refusal, form.writes)] += 1
         except law.Violation as violation:
             kind = str(violation)[:60]
             found[kind] += 1
