@@ -29,6 +29,8 @@ from lumina_fn.errors import InputError, printable
 from lumina_fn.shards import Feature, Origin, Rejected
 
 PROJECT = Path(__file__).parents[1]
+REFUSED = 20  # fields that are named in an error
+SAID = {"note": "note", "yourself": "look at this yourself"}  # on the terminal
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, 
 def _guide(run: Settings) -> None:
     guide = migration_guide.read(run.source)
     if refused := [f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
-        raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused)}"))
+        more = f"; and {len(refused) - REFUSED} more" * (len(refused) > REFUSED)
+        raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused[:REFUSED])}{more}"))  # fmt: skip
     script = commands(guide)
     places.place(run.out, [run.source])
     with files.new_folder(run.out, "migration", run.overwrite) as folder:
@@ -118,21 +121,21 @@ def _guide(run: Settings) -> None:
         (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(printable(line) for line in script.splitlines()))
     for line in guide.lines:
-        if line.kind == "note":
-            print(printable(f"note: {line.file}: {line.field} {line.value}: {line.here}"))
+        if line.kind in SAID:
+            print(printable(f"{SAID[line.kind]}: {line.file}: {line.field} {line.value:.200}: {line.here}"))
     print(printable(f"{len(guide.lines)} fields, each in {run.out / 'report.md'}; the commands above are in {run.out / 'commands.sh'}"))  # fmt: skip
 
 
 def commands(guide: Guide) -> str:
-    """A script of the commands, each with a line that says what it does."""
+    """A script of the commands, each with a line that says what it does. Of the guide's own text it has quoted words and nothing else."""
     lines = [
         "#!/usr/bin/env bash",
         f"# The guide's scripts worked in {printable(guide.root)}: relative paths were found against it.",
         "set -eu",
         quoted(["cd", str(PROJECT)]),
     ]
-    for path in guide.set_env:
-        lines.append(f"if [ -f {quoted([path])} ]; then set +u; . {quoted([path])}; set -u; fi")
+    for word in guide.set_env:
+        lines.append(f"if [ -f {word} ]; then set +u; . {word}; set -u; fi")
     for command in guide.commands:
         mark = "" if command.active else "# "
         note = "" if command.active else " (or, instead of the above)"
@@ -150,7 +153,7 @@ def shown(command: Command) -> str:
 
 def report(guide: Guide) -> str:
     cell = lambda text: printable(text).replace("|", "\\|") or "-"
-    rows = [f"| {cell(line.file)} | `{cell(line.field)}` | {cell(line.value)} | {line.kind} | {cell(line.here)} |" for line in guide.lines]  # fmt: skip
+    rows = [f"| {cell(line.file)} | `{cell(line.field)}` | {cell(line.value)} | {SAID.get(line.kind, line.kind)} | {cell(line.here)} |" for line in guide.lines]  # fmt: skip
     head = [
         "# What became of the guide's fields", "", f"The scripts' working directory: {printable(guide.root)}", "",
         "| file | field | value | | here |", "|---|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from experiments.migration_fields import DTYPES, Line, refuse, same
 from lumina_fn import imported, mindspeed
 
 PROMPT = "a lighthouse at dusk"
+_ADDRESS = re.compile("[A-Za-z0-9][A-Za-z0-9.:_-]*")
 
 
 class Command(NamedTuple):
@@ -50,7 +52,7 @@ def make(
     if not have and str(theirs) != extracted:
         refuse(lines, "feature_data.json", basic, theirs, f"tools.json has features written to {extracted}, and there are none here: name one folder in both")  # fmt: skip
     features = _fresh(str(theirs))
-    devices = [{key: str(value) for key, value in found[f"{name} launch"].items()} for name in ("feature_extraction.sh", "pretrain.sh")]  # fmt: skip
+    devices = [_devices(found[f"{name} launch"]) for name in ("feature_extraction.sh", "pretrain.sh")]
     pretokenize = ["-m", "experiments.pretokenize", data, features, "--model", model, "--vq", vq, "--size", str(size), "--image-root", str(root)]  # fmt: skip
     run = ["--model", load, "--features", features, "--out", out, *_training(found, devices[1], lines)]
     migrate = ["python", "-m", "experiments.migrate", str(theirs), "--out", features, "--model", model, "--size", str(size)]  # fmt: skip
@@ -73,6 +75,13 @@ def make(
 
 def _whole(value: Any) -> int:
     return int(str(value))  # not of 256.5, not of true
+
+
+def _devices(launch: dict[str, Any]) -> dict[str, str]:
+    """What torchrun is told of machines and devices: an address, and whole numbers."""
+    if not _ADDRESS.fullmatch(str(launch["--master-addr"])):
+        raise ValueError(f"--master-addr {launch['--master-addr']!r}")
+    return {flag: str(value if flag == "--master-addr" else _whole(value)) for flag, value in launch.items()}
 
 
 def _fresh(place: str) -> str:
@@ -98,7 +107,6 @@ def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, st
     count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
     if count * nodes == 1:
         return Command("training", environment, ["python", "-m", "experiments.finetune", *run])
-    _whole(devices["--node-rank"])
     what = (
         "training"
         if nodes == 1

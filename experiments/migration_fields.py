@@ -20,7 +20,7 @@ class Line(NamedTuple):
     file: str
     field: str
     value: str
-    kind: Literal["mapped", "not needed", "note", "refused"]
+    kind: Literal["mapped", "not needed", "note", "yourself", "refused"]
     here: str
 
 

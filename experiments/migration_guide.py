@@ -1,6 +1,7 @@
 """The MindSpeed-MM guide's folder as the commands that do the same here."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ _KEPT = (
     "TOKENIZERS_",
     "HF_",
 )  # read by who reads them here
+_PLAIN = re.compile("[A-Za-z0-9_.,:;=^+-]*")  # not the path of a file, which whoever reads the variable may run
+# Where CANN's installers put its set_env.sh: for root, and for the user who runs commands.sh.
+_CANN = re.compile(r"(/usr/local|~|\$HOME|\$\{HOME\})(/Ascend/(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*set_env\.sh)")
 _VARIABLES = {  # that the guide tells people to set; the flags are made of them
     "NPUS_PER_NODE": "--nproc-per-node", "NNODES": "--nnodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--master-addr",
     "MASTER_PORT": "--master-port", "LOAD_PATH": "--load", "SAVE_PATH": "--save",
@@ -36,7 +40,7 @@ class Guide(NamedTuple):
     root: Path  # the working directory of its scripts
     lines: list[Line]
     commands: list[Command]  # none where a line is refused
-    set_env: list[str]
+    set_env: list[str]  # words of a shell: CANN's own, in its usual places
 
 
 class _Part(NamedTuple):
@@ -75,6 +79,7 @@ def read(folder: Path) -> Guide:
         for kind, table, values in (("launch", migration_fields.LAUNCH, part.launch), ("flags", rules, part.flags)):
             judged, found[f"{part.name} {kind}"] = migration_fields.judge(part.name, table, values, {})
             lines += judged
+    set_env = sorted({word for part in parts for word in _set_env(part, lines)})
     environments = [_environment(part, lines) for part in parts]
     commands: list[Command] = []
     try:
@@ -86,7 +91,7 @@ def read(folder: Path) -> Guide:
         refuse(lines, "the guide's files", str(error), "", "not a usable value")
     if any(line.kind == "refused" for line in lines):
         commands = []
-    return Guide(root, lines, commands, sorted({p.script.set_env for p in parts if p.script.set_env}))
+    return Guide(root, lines, commands, set_env)
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
@@ -161,9 +166,25 @@ def _sizes(root: Path, train: _Part) -> Mapping[str, Any]:
     return sources.read_json(config) if isinstance(load, str) and config.exists() else {}
 
 
+def _set_env(part: _Part, lines: list[Line]) -> list[str]:
+    """CANN's own set_env.sh, as a word of a shell. Whatever else the script sources is left to the user: it would run."""
+    words = []
+    for path in dict.fromkeys(part.script.sourced):
+        if match := _CANN.fullmatch(path):
+            words.append((match[1] if match[1].startswith("/") else '"${HOME-}"') + match[2])
+            lines.append(Line(part.name, "source", path, "mapped", "sourced where it is there"))
+        else:
+            why = "not where CANN is installed (/usr/local/Ascend, ~/Ascend): where you trust it, source it before you run commands.sh"
+            lines.append(Line(part.name, "source", path, "yourself", why))
+    return words
+
+
 def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
     """The exports that whoever reads them reads here too."""
     kept, variables = {}, {v.name for v in ascend_env.TABLE}
+    for name, value in part.script.variables.items():
+        if isinstance(value, migration_shell.Unknown) and name not in part.script.exports:
+            lines.append(Line(part.name, name, "", "not needed", f"{value}; nothing here depends on it"))
     for name in sorted(_VARIABLES.keys() & part.script.variables.keys()):
         value = part.script.variables[name]
         lines.append(Line(part.name, name, str(value), "mapped", f"through its {_VARIABLES[name]}"))
@@ -177,6 +198,9 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
             refuse(lines, part.name, name, value, "has control characters")
         elif problem := ascend_env.problems({name: value}):
             refuse(lines, part.name, name, value, problem[0])
+        elif name == "ASCEND_ENV" or (name.startswith(_KEPT) and not _PLAIN.fullmatch(value)):  # that one is sourced
+            why = "its value may name what is run: where you trust it, export it before you run commands.sh"
+            lines.append(Line(part.name, name, value, "yourself", why))
         elif name in variables or name.startswith(_KEPT):
             kept[name] = value
             lines.append(Line(part.name, name, value, "mapped", "the same variable"))

@@ -22,8 +22,9 @@ MAX_DEPTH = 8  # of ${A:-${B:-...}}
 HARMLESS = frozenset(
     ("mkdir", "chmod", "chown", "find", "echo", "printf", "tee", "set", "ulimit", "sleep", "date", "ls", "rm", "test", "[", "[[", "wait", "true", "conda", "npu-smi")
 )  # fmt: skip
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
-_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)(?::?[-=](.*))?\}|\$([A-Za-z_]\w*)", re.DOTALL)
+_NAME = "[A-Za-z_][A-Za-z0-9_]*"  # to a shell `HCCL_É=1` is a command
+_ASSIGNMENT = re.compile(rf"({_NAME})(\+?)=")
+_REFERENCE = re.compile(rf"\$\{{({_NAME})(?::?[-=](.*))?\}}|\$({_NAME})", re.DOTALL)
 _SUMS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: lambda a, b: int(a / b), ast.Mod: lambda a, b: a - b * int(a / b),
@@ -35,7 +36,7 @@ class Script:
     path: Path
     variables: dict[str, str | Unknown] = field(default_factory=dict)
     exports: set[str] = field(default_factory=set)
-    set_env: str | None = None  # the CANN set_env.sh that it sources
+    sourced: list[str] = field(default_factory=list)  # each set_env.sh, as far as its path is known
     command: list[str] = field(default_factory=list)  # torchrun and its words
     expanded: int = 0  # characters so far
 
@@ -89,9 +90,18 @@ def _follow(script: Script, statement: Statement) -> None:
         target = flat(words[1]) if len(words) > 1 else ""
         if not target.endswith("set_env.sh"):
             raise Unknown(f"`{first} {target}` may set anything")
-        script.set_env = target
+        script.sourced.append(_known(script, words[1]))
     elif first not in HARMLESS:
         raise Unknown(f"`{first}` is not read")
+
+
+def _known(script: Script, word: list[Piece]) -> str:
+    """The path that a word becomes; as it is written where only the shell would know."""
+    try:
+        [path] = expand_word(script, word)
+    except ValueError:  # or it becomes several
+        return flat(word)
+    return path
 
 
 def _start(script: Script, words: list[list[Piece]]) -> None:
@@ -172,8 +182,8 @@ def _replaced(script: Script, reference: str, depth: int) -> str:
 
 
 def _sum(script: Script, text: str, depth: int) -> int:
-    plain = re.sub(r"[A-Za-z_]\w*", lambda m: script.value(m[0]), expand(script, text, depth + 1))
-    if len(plain) > 200 or not re.fullmatch(r"[\d\s+\-*/%()]+", plain):
+    plain = re.sub(_NAME, lambda m: script.value(m[0]), expand(script, text, depth + 1))
+    if len(plain) > 200 or not re.fullmatch(r"[\d\s+\-*/%()]+", plain, re.ASCII):
         raise Unknown(f"$(({text})) is not a plain sum")
 
     def value(node: ast.expr) -> int:

@@ -119,4 +119,4 @@ def end_of(text: str, at: int) -> int:
             if depth == 0:
                 return i + 1
         raise Unknown(f"{text[at : at + 20]!r} has no end")
-    return re.compile(r"\$([A-Za-z_]\w*|[^\w\s\"']|\d)?").match(text, at).end()
+    return re.compile(r"\$([A-Za-z_]\w*|[^\w\s\"']|\d)?", re.ASCII).match(text, at).end()
