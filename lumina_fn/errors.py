@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import NoReturn, TextIO
 
-from lumina_fn import starting
+from lumina_fn import refusal, starting
 
 LONGEST = 4000  # characters of an error's line: it may quote a stranger's file
 
@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 130 for Ctrl-C.
+    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 1 for memory that was refused (the same),
+    130 for Ctrl-C.
 
     Where standard output is closed (`| head`) the command ends as if it were done; where it cannot be written, with 1 and a line.
     """
@@ -61,8 +62,9 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
             sys.stdout.flush()
         return code
     except InputError as error:
-        tell(f"error: {printable(str(error)[:LONGEST])}")
-        return 2
+        refused = refusal.line(error)  # of which something was made: a file that was not to blame is named, say
+        tell(f"error: {printable((refused or str(error))[:LONGEST])}")
+        return 1 if refused else 2
     except KeyboardInterrupt:
         tell("stopped")
         return 130
@@ -72,17 +74,26 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
         if _interrupted(error):
             tell("stopped")
             return 130
+        if refused := refusal.line(error):
+            tell(f"error: {printable(refused)}")
+            return 1
         lost = _lost_output() if isinstance(error, OSError) else None
-        if lost is None and isinstance(error, OSError) and error.filename is not None:  # a disk that fails, say
+        if lost is not None:
+            return _unheard(lost)
+        if isinstance(error, OSError) and error.filename is not None:  # a disk that fails, say
             tell(f"error: {printable(error.filename)}: {error.strerror}")
             return 1
-        if lost is None:
-            raise
-        if lost != errno.EPIPE:
-            tell(
-                f"error: cannot write to standard output: {os.strerror(lost)}; what was asked for may be done: look at its folder"
-            )
-        return 0 if lost == errno.EPIPE else 1
+        raise
+
+
+def _unheard(lost: int) -> int:
+    """The exit code where standard output was lost."""
+    if lost == errno.EPIPE:  # `| head` has all that it wanted
+        return 0
+    tell(
+        f"error: cannot write to standard output: {os.strerror(lost)}; what was asked for may be done: look at its folder"
+    )
+    return 1
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -97,8 +108,8 @@ def _written(code: int) -> int:
     with suppress(OSError):
         if sys.stdout is not None:
             sys.stdout.flush()
-        return code
-    return 0 if _lost_output() == errno.EPIPE else 1
+    lost = _lost_output()
+    return code if lost is None else _unheard(lost)
 
 
 def tell(line: str) -> None:

@@ -17,8 +17,8 @@ from lumina_fn.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# EBADF: NFS locks only what is open for writing, which a folder never is.
 LONGEST_PID = 20  # characters
+# EBADF: NFS locks only what is open for writing, which a folder never is.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
 
 

@@ -1,0 +1,44 @@
+"""How a command ends that is interrupted, or that nobody listens to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HELP = [sys.executable, "-m", "experiments.finetune", "--help"]
+TINY = [sys.executable, "-m", "experiments.dataset", "report", "experiments/demo/assets/lm/config.json"]
+
+
+@pytest.mark.parametrize("wait", [0.15, 0.4, 0.8, 1.2, 1.8, 2.6])
+def test_ctrl_c_while_a_command_imports(wait):
+    """At once, without a traceback; before Python has read its own files there is nothing that could answer."""
+    child = subprocess.Popen(TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(wait)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode in (130, 2, -signal.SIGINT)
+    assert "Traceback" not in said
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_an_output_that_cannot_be_written():
+    command = " ".join(HELP)
+    full = shell(f"{command} > /dev/full")
+    assert (full.returncode, full.stderr) == (1, "error: cannot write to standard output: No space left on device; what was asked for may be done: look at its folder\n")  # fmt: skip
+    closed = shell(f"set -o pipefail; {command} | head -1")
+    assert (closed.returncode, closed.stderr, closed.stdout.count("\n")) == (0, "", 1)
+    for stream in ("2>/dev/full", "2>&-", ">&- 2>&-"):
+        assert shell(f"{sys.executable} -m experiments.finetune --modle x {stream}").returncode == 2
+
+
+def test_importing_the_package_changes_no_handler():
+    code = "import signal; a = signal.getsignal(2); import lumina_fn, experiments; assert signal.getsignal(2) is a"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, check=False).returncode == 0
