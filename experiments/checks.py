@@ -43,8 +43,8 @@ def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> No
         world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
 
 
-def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> None:
-    """InputError for features that were made for another model, or that do not fill a step."""
+def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> int:
+    """The longest item's tokens. InputError for features that were made for another model, or that do not fill a step."""
     for features in mixture.sets:
         _of_model(run, features, cfg)
         if n := features.unchecked():
@@ -74,6 +74,7 @@ def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> None
             f"--pack {run.pack}: the longest item, row {features.feature(i).row} of {features.folder}, has {longest} tokens, "
             f"and {run.model} takes {cfg.max_positions}: give --pack {least} to {cfg.max_positions}"
         )
+    return longest
 
 
 def _of_model(run: Any, features: data.FeatureSet, cfg: ModelConfig) -> None:

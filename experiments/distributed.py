@@ -23,7 +23,7 @@ from experiments.ending import ECHO, Ending, watch_launcher, watch_neighbour
 from experiments.launching import addresses, guard, start
 from experiments.launching.place import Place
 from experiments.stopping import Stop
-from lumina_fn import errors
+from lumina_fn import errors, refusal
 from lumina_fn.errors import InputError
 from lumina_fn.sharding import Mesh
 
@@ -121,8 +121,12 @@ def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> 
     except SystemExit as asked:  # --help
         code = asked.code
     except InputError as error:
+        if refused := refusal.line(error):  # of which something was made, as in `errors.run`
+            ending(1, errors.printable(refused))
         ending(2, errors.printable(error))
-    except Exception:
+    except Exception as error:
+        if refused := refusal.line(error):
+            ending(1, errors.printable(refused))
         failure = traceback.format_exc()
         time.sleep(ECHO)  # a collective fails where another rank is lost: then `watch_neighbour` says so
         ending(1, f"failed\n{failure}")

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from experiments.settings import REPEATED, SEED, EnvCheck, Range
 
+REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import checks, distributed, feature_folders, profiling, resuming, run_folder, settings
+from experiments import checks, distributed, feature_folders, memory, profiling, resuming, run_folder, settings
 from experiments.distributed import World
-from experiments.finetune_settings import Settings
+from experiments.finetune_settings import REMAT_FROM, Settings
+from experiments.memory import Room
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
 from lumina_fn import batches, checkpoint, errors, model, optim, prefetch, train
@@ -18,13 +19,14 @@ from lumina_fn.config import ModelConfig
 from lumina_fn.disk import places
 from lumina_fn.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.mixing import Mixture
+from lumina_fn.refusal import OutOfMemory
 from lumina_fn.sharding import Mesh
 from lumina_fn.train import TrainState
 
 STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
-REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 
 
+@memory.lowered_by(f"{memory.SHARED}, or lower --micro-batch")
 def main(run: Settings, argv: Sequence[str], world: World) -> int:
     """The command, from its settings on; `argv` is what a stopped run is to be resumed with. Returns the exit code."""
     checks.flags(run)
@@ -43,7 +45,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
     cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
-    checks.features(run, world, features, cfg)
+    longest = checks.features(run, world, features, cfg)
     stored = checkpoint.stored_dtype(run.model)
     about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
     with run_folder.held(out, resume, overwrite) if world.rank == 0 else nullcontext(False) as afresh:
@@ -53,11 +55,19 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
         if start >= run.steps and run_folder.is_finished(out, start):
             print(f"{start} steps are done: {errors.printable(out / run_folder.MODEL)}; a larger --steps goes on")
             return 0
-        state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
+        room = memory.room(run, world, cfg, longest, device, compute)
+        if note := room.note():
+            world.say(note)
+        with room.during(f"while {run.model} was loaded", memory.SHARED):
+            state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
         if world.rank == 0:
             world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
         kept = Checkpoints(out / CHECKPOINTS, run, range(start, run.steps), mesh, world, about, totals)
-        state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute)
+        try:
+            state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute, room)
+        except OutOfMemory:
+            kept.wait()  # the checkpoint that is being written is good
+            raise
         good = resuming.is_good(state, world)
         if stopped is not None:
             if not good:
@@ -67,7 +77,8 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
         if not good:
             return _broken(run, world, state, cfg, stored, out)
         folder = run.out / run_folder.MODEL
-        checkpoint.renew_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
+        with room.during(f"while {folder} was written", memory.SHARED):
+            checkpoint.renew_model(folder, state.params, cfg, source=run.model, dtype=stored, mesh=mesh)
         if world.rank == 0:
             run_folder.finish(out, int(state.step))
     print(f"{int(state.step)} steps, {int(state.skipped)} skipped: {errors.printable(folder)}")
@@ -121,7 +132,7 @@ def _state(
 
 def finetune(
     run: Settings, world: World, mesh: Mesh | None, state: TrainState, kept: Checkpoints, cfg: ModelConfig,
-    features: Mixture, device: torch.device, compute: torch.dtype,
+    features: Mixture, device: torch.device, compute: torch.dtype, room: Room,
 ) -> tuple[TrainState, int | None]:  # fmt: skip
     """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
     make_step = lambda noise: train.make_train_step(
@@ -141,7 +152,7 @@ def finetune(
     log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()
     ready = prefetch.ahead(prefetch.pinned(share, device) for share in stream)
     profile = profiling.Profile(run.out / run_folder.PROFILE, steps, run.profile if world.rank == 0 else 0, world.say)
-    with log, world.stopping() as stop, ready as shares, profile:
+    with log, world.stopping() as stop, ready as shares, profile, room.during("before the first step") as place:
         for n, share in enumerate(shares, steps.start + 1):
             if stop.before(n):
                 stopped = stop.number
@@ -149,6 +160,7 @@ def finetune(
                 break
             noisy = run.noise_scale_every and n % run.noise_scale_every == 0
             profile.before(n)
+            place.now = f"in step {n}"
             state, metrics = (noisy_step if noisy else step)(state, pytree.tree_map(to_device, share.batch))
             tokens += share.tokens
             if world.rank == 0:
@@ -160,6 +172,7 @@ def finetune(
                     kept.totals = log.write(n, values, trained)
                 if values["streak"] >= STREAK:
                     break
+            place.now = f"while step {n} was saved"
             kept.save_if_due(n, state)
         kept.wait()
     return state, stopped

@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from experiments import devices, plan_report, roofline, settings
 from experiments.devices import CPU, DEVICES, Device
-from experiments.finetuning import REMAT_FROM
+from experiments.finetune_settings import REMAT_FROM
 from experiments.plan_report import MOST, USABLE, Plan
 from lumina_fn import batches, cost, errors, footprint, hf_config, sources, vocab
 from lumina_fn.config import LUMINA_7B, ModelConfig
@@ -140,23 +140,27 @@ def _setup(run: Settings, cfg: ModelConfig, n: int, compute: torch.dtype) -> Set
         raise InputError(f"--shard-size {shard_size}: expected a divisor of the {n} devices")
     if n > run.devices_per_node and n % run.devices_per_node:
         raise InputError(f"--devices {n}: expected whole nodes of --devices-per-node {run.devices_per_node}")
+    tokens = min(batches.bucket(min(run.seq, cfg.max_positions)), cfg.max_positions)
+    taken = setup_of(run, cfg, tokens, compute, run.device == CPU)
     share = -(-(run.batch or n * run.micro_batch) // n)
+    return replace(taken, devices=n, shard_size=shard_size, micro_batches=-(-share // run.micro_batch))
+
+
+def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu: bool) -> Setup:
+    """What these flags, finetune's or `plan`'s, make of rows of so many tokens, on one device and in one micro batch."""
     return Setup(
-        devices=n,
         strategy=run.strategy,
-        shard_size=shard_size,
-        tokens=min(batches.bucket(min(run.seq, cfg.max_positions)), cfg.max_positions),
+        tokens=tokens,
         micro_batch=run.micro_batch,
-        micro_batches=-(-share // run.micro_batch),
         dtype=compute,
         param_dtype=_dtype(run.param_dtype, compute),
         reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
         remat=cost.parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
-        compiled=run.compile == "blocks",
+        compiled=run.compile != "off",
         sync=run.sync,
-        forward_prefetch=run.forward_prefetch and run.device != CPU,
-        backward_prefetch=run.backward_prefetch and run.device != CPU,
-        cpu=run.device == CPU,
+        forward_prefetch=run.forward_prefetch and not cpu,
+        backward_prefetch=run.backward_prefetch and not cpu,
+        cpu=cpu,
     )
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from experiments import claims, distributed, run_folder, settings
+from experiments import claims, distributed, memory, run_folder, settings
 from experiments.claims import Shard
 from experiments.distributed import ALONE, World
 from experiments.encoding import Encode, Prepared, Tally, encode_shards
@@ -72,6 +72,7 @@ class Settings:
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
+@memory.lowered_by("lower --batch, or --workers")
 def main(argv: Sequence[str] | None = None, world: World = ALONE) -> None:
     run = settings.parse(Settings, __doc__, argv)
     tokenizer = prompt.load_tokenizer(run.model)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from experiments import settings
+from experiments import memory, settings
 from experiments.settings import SEED, EnvCheck, Range
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
@@ -67,6 +67,7 @@ class Settings:
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
+@memory.lowered_by("lower --batch, or give --dtype bfloat16")
 def main(argv: Sequence[str] | None = None) -> None:
     run = settings.parse(Settings, __doc__, argv)
     captions = read_prompts(run)
