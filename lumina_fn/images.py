@@ -24,6 +24,9 @@ from torch import Tensor
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
+# Blocks that malloc maps one by one, and gives back: smaller ones stay, once for each thread, when a large picture is done.
+Image.core.set_block_size(64 << 20)
+
 T = TypeVar("T")
 PATCH = 32  # pixels; sides are multiples of it
 LARGEST_ASPECT = 4
@@ -162,13 +165,16 @@ def load(path: Path, target: int) -> Loaded:
         digest = hashlib.file_digest(file, "sha256").digest()
         source = image.size
         with _room.taken(source[0] * source[1]):
-            whole = _decoded(file, image, target)
+            whole, fitted = _decoded(file, image, target), None
             try:
                 fitted = whiten(crop(whole, target, source))
             except ValueError as error:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(f"a picture of mode {whole.mode}: {error}") from error
+            finally:
+                if fitted is not image:
+                    image.close()  # its pixels go before another picture is decoded in their room
     return Loaded(fitted, source, digest)
 
 
