@@ -245,7 +245,7 @@ def test_a_saved_model_takes_over_the_tokenizer_and_the_hugging_face_config(tmp_
     checkpoint.save_model(tmp_path / "n2", params, cfg, source=tmp_path / "n")
     for folder in (tmp_path / "n", tmp_path / "n2"):
         assert sorted(p.name for p in folder.iterdir()) == [
-            "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+            ".lumina.json", "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
         ]  # fmt: skip
         assert (folder / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
         config = json.loads((folder / "config.json").read_text())
