@@ -92,9 +92,9 @@ def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, 
     shutil.copy(trained / ".lumina.json", out)
     assert run_folder.check(out, "auto", overwrite=False)
 
-    def meanwhile(*args) -> None:
+    def meanwhile(*args) -> int:
         shutil.copytree(trained / "checkpoints/3", out / "checkpoints/3")
-        features(*args)
+        return features(*args)
 
     monkeypatch.setattr(finetuning.checks, "features", meanwhile)
     flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 4, "--save-every", 6]
