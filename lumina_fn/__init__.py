@@ -5,3 +5,4 @@ from lumina_fn import starting
 __version__ = "0.3.0"
 
 starting.begin()
+starting.keep_compiled_code()

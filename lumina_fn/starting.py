@@ -1,13 +1,19 @@
-"""Ctrl-C before and while a command imports: its end at once, without the traceback of whatever import it falls into.
+"""What comes before PyTorch's imports, which take seconds: an end at once by Ctrl-C, and a folder that they can make.
 
-PyTorch's imports take seconds, and parts of them swallow a KeyboardInterrupt or turn it into another error.
+Ctrl-C ends a command without the traceback of whatever import it falls into; parts of them swallow a KeyboardInterrupt or turn it
+into another error.
 """
 
+import atexit
+import getpass
 import os
+import re
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 def end_at_once(*_: object) -> None:
@@ -19,6 +25,29 @@ def begin() -> None:
     """For a package's own __init__: while `python -m` looks for a module in it, argv says so."""
     if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
+
+
+def keep_compiled_code() -> None:
+    """See to it that PyTorch's imports can make the folder of the compile cache; where it cannot be there, this process has its own."""
+    place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_cache()).absolute()
+    with suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK | os.X_OK):
+            return
+    with suppress(OSError):  # there is no folder for temporary files either
+        own = tempfile.TemporaryDirectory(prefix="lumina-compiled-", ignore_cleanup_errors=True)
+        atexit.register(own.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = own.name
+        os.write(2, f"note: no compile cache can be kept in {str(place)!a}: code is compiled anew each time\n".encode())
+
+
+def _default_cache() -> str:
+    """PyTorch's, which only its own import would tell."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):
+        user = f"uid_{os.getuid()}"
+    return f"{tempfile.gettempdir()}/torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user)
 
 
 @contextmanager
