@@ -174,7 +174,7 @@ def _set_env(part: _Part, lines: list[Line]) -> list[str]:
             words.append((match[1] if match[1].startswith("/") else '"${HOME-}"') + match[2])
             lines.append(Line(part.name, "source", path, "mapped", "sourced where it is there"))
         else:
-            why = "not where CANN is installed (/usr/local/Ascend, ~/Ascend): where you trust it, source it before you run commands.sh"
+            why = "no set_env.sh where CANN is installed (/usr/local/Ascend, ~/Ascend): what it sets is not in the commands, see that they are right without; where you need and trust it, source it before you run commands.sh"
             lines.append(Line(part.name, "source", path, "yourself", why))
     return words
 
@@ -189,10 +189,18 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
         value = part.script.variables[name]
         lines.append(Line(part.name, name, str(value), "mapped", f"through its {_VARIABLES[name]}"))
     for name in sorted(part.script.exports - _VARIABLES.keys()):
+        if name in _NEEDLESS:
+            value = part.script.variables.get(name, "")
+            lines.append(Line(part.name, name, str(value), "not needed", _NEEDLESS[name]))
+            continue
         try:
             value = part.script.value(name)
         except migration_shell.Unknown as error:
-            refuse(lines, part.name, name, "", f"{error}; write what it comes to")
+            if name in part.script.variables and (name in variables or name.startswith(_KEPT)):
+                why = f"{error}: export what it comes to before you run commands.sh"
+                lines.append(Line(part.name, name, "", "yourself", why))
+            else:
+                refuse(lines, part.name, name, "", f"{error}; look at this yourself and write what it comes to")
             continue
         if not value.isprintable():
             refuse(lines, part.name, name, value, "has control characters")
@@ -204,8 +212,6 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
         elif name in variables or name.startswith(_KEPT):
             kept[name] = value
             lines.append(Line(part.name, name, value, "mapped", "the same variable"))
-        elif name in _NEEDLESS:
-            lines.append(Line(part.name, name, value, "not needed", _NEEDLESS[name]))
         else:
             refuse(
                 lines, part.name, name, value, "an export that is not known here: set it yourself, and remove the line"

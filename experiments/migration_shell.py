@@ -1,7 +1,8 @@
 """What a launch script of the MindSpeed-MM guide says, read without a shell: its variables, its exports and the one command it starts.
 
 Assignments and words are expanded as a shell would ($A, ${A}, ${A:-b}, $((A*B))). What is not known before it runs, such as $(date),
-is an error only where the command or an export needs it; what decides what is run (if, for, cd, arrays) always is.
+is an error only where the command needs it; what decides what is run (if, for, cd, arrays) always is. What it sources is not read:
+what was set before is not known after.
 """
 
 import ast
@@ -17,6 +18,7 @@ from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
 MAX_EXPANDED = 1 << 22  # characters of all values together; one may name another one twice, and so on
+MAX_SOURCED = 100  # files
 MAX_DEPTH = 8  # of ${A:-${B:-...}}
 # They change no variable and start no training.
 HARMLESS = frozenset(
@@ -36,7 +38,7 @@ class Script:
     path: Path
     variables: dict[str, str | Unknown] = field(default_factory=dict)
     exports: set[str] = field(default_factory=set)
-    sourced: list[str] = field(default_factory=list)  # each set_env.sh, as far as its path is known
+    sourced: list[str] = field(default_factory=list)  # each file, as far as its path is known
     command: list[str] = field(default_factory=list)  # torchrun and its words
     expanded: int = 0  # characters so far
 
@@ -59,7 +61,7 @@ def read(path: Path) -> Script:
             line = statement.line
             _follow(script, statement)
     except Unknown as error:
-        raise InputError(f"{path}, line {line}: {error}; write what it comes to") from error
+        raise InputError(f"{path}, line {line}: {error}; look at this yourself and write what it comes to") from error
     if not script.command:
         raise InputError(f"{path} starts no torchrun; expected the guide's script")
     return script
@@ -86,13 +88,21 @@ def _follow(script: Script, statement: Statement) -> None:
                 script.exports.add(name)
         if prefix < len(words):
             _start(script, words[prefix:])
-    elif first in ("source", "."):
-        target = flat(words[1]) if len(words) > 1 else ""
-        if not target.endswith("set_env.sh"):
-            raise Unknown(f"`{first} {target}` may set anything")
-        script.sourced.append(_known(script, words[1]))
+    elif first in ("source", ".") and len(words) > 1:
+        _source(script, _known(script, words[1]))
     elif first not in HARMLESS:
         raise Unknown(f"`{first}` is not read")
+
+
+def _source(script: Script, path: str) -> None:
+    script.sourced.append(path)
+    if len(script.sourced) > MAX_SOURCED:
+        raise Unknown(f"more than {MAX_SOURCED} files are sourced")
+    if script.command or path.endswith("set_env.sh"):  # CANN's sets none of the guide's variables
+        return
+    for name, value in script.variables.items():
+        if isinstance(value, str):
+            script.variables[name] = Unknown(f"${name} may be set by {path[:200]}, which is sourced and not read")
 
 
 def _known(script: Script, word: list[Piece]) -> str:
@@ -174,7 +184,7 @@ def _replaced(script: Script, reference: str, depth: int) -> str:
         return str(_sum(script, reference[3:-2], depth))
     match = _REFERENCE.fullmatch(reference)
     if match is None or depth > MAX_DEPTH:
-        raise Unknown(f"{reference} is known when the script runs")
+        raise Unknown(f"{reference[:200]} is known when the script runs")
     name = match[1] or match[3]
     if match[2] is not None and not script.variables.get(name):
         return expand(script, match[2], depth + 1)

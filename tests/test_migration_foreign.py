@@ -103,6 +103,8 @@ FOREIGN = [
     ("export OMP_TOOL_LIBRARIES=/tmp/x/tool.so", "tool.so"),
     ("export ASCEND_CUSTOM_OPP_PATH=/tmp/x", "ASCEND_CUSTOM_OPP_PATH"),
     ("export HCCL_X='$(touch hit)'", "touch hit"),
+    ("export HCCL_X=$(touch hit)", "touch hit"),
+    ('export HCCL_CONNECT_TIMEOUT="1`touch hit`"', "touch hit"),
     ("export TORCH_X='`touch hit`'", "touch hit"),
 ]
 
@@ -125,14 +127,28 @@ def test_what_would_run_is_left_to_the_user(tmp_path, capsys, line, part, name):
 
 @pytest.mark.parametrize(
     "line",
-    ["source ./other.sh", "export PATH=/tmp/x", "export LD_PRELOAD=/tmp/x.so", "export HCCL_X=$(touch hit)",
-     "export HCCL_$(touch hit)=1", "HCCL_\u00c9=/tmp/x torchrun $LAUNCH x.py", "export HCCL_\u00c9=/tmp/x", "PYTHONPATH=/tmp/x true"],
+    ["export PATH=/tmp/x", "export LD_PRELOAD=/tmp/x.so", "export PATH=$(touch hit)", "export HCCL_$(touch hit)=1",
+     "export HCCL_X", "source", "export HCCL_X[$(touch hit)]=1", "HCCL_\u00c9=/tmp/x torchrun $LAUNCH x.py", "export HCCL_\u00c9=/tmp/x", "PYTHONPATH=/tmp/x true"],
 )  # fmt: skip
 def test_what_could_change_anything_is_refused(tmp_path, line):
     guide = write_guide(tmp_path / "guide")
     with_line(guide, line)
     with pytest.raises(InputError):
         migrate.main([str(guide), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["MBS=$(touch hit)", 'MBS="`touch hit`"', "eval touch hit", "touch hit", f"MBS=$(touch hit {'x' * 100_000})"],
+    ids=range(5),
+)
+def test_a_value_that_the_command_needs_is_asked_for(tmp_path, line):
+    guide = write_guide(tmp_path / "guide")
+    with_line(guide, line)
+    with pytest.raises(InputError, match=r"(touch|eval).* look at this yourself and write what it comes to") as error:
+        migrate.main([str(guide), "--out", str(tmp_path / "out")])
+    assert len(str(error.value)) < 1000
     assert not (tmp_path / "out").exists()
 
 
@@ -149,6 +165,35 @@ def test_the_users_own_cann_is_sourced(tmp_path, path):
     (home / "Ascend/cann/set_env.sh").write_text(f"echo $NOT_THERE > {tmp_path}/sourced\n")
     run_commands(tmp_path / "out", home)
     assert (tmp_path / "sourced").exists()
+
+
+@pytest.mark.parametrize("path", ["./other.sh", "~/.bashrc", "$(touch hit; echo other.sh)", "'a b/other.sh'"])
+def test_what_is_sourced_first_is_left_to_the_user(tmp_path, capsys, path):
+    guide = write_guide(tmp_path / "guide")
+    script = guide / BASE / "pretrain.sh"
+    script.write_text(f"source {path}\n{script.read_text()}\n. /tmp/x/after.sh")
+    migrate.main([str(guide), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/commands.sh").read_text()
+    assert not any(word in text for word in ("bashrc", "other.sh", "after.sh"))
+    said = [said for said in capsys.readouterr().out.splitlines() if said.startswith("look at this yourself: ")]
+    assert [path.strip("'") in line for line in said] == [True, False]
+    assert "HCCL_CONNECT_TIMEOUT=1200 NPUS_PER_NODE=8" in text
+    run_commands(tmp_path / "out", tmp_path)
+    assert not list(tmp_path.rglob("hit"))
+
+
+def test_what_was_set_before_something_is_sourced_is_not_known_after(tmp_path, capsys):
+    guide = write_guide(tmp_path / "guide")
+    script = guide / BASE / "pretrain.sh"
+    text = script.read_text()
+    script.write_text(text.replace("N=8", "source ./other.sh\nN=8", 1))
+    migrate.main([str(guide), "--out", str(tmp_path / "out")])
+    found = (tmp_path / "out/commands.sh").read_text()
+    assert "\nNPUS_PER_NODE=8" in found  # no HCCL_CONNECT_TIMEOUT before it
+    assert "look at this yourself: pretrain.sh: HCCL_CONNECT_TIMEOUT" in capsys.readouterr().out
+    script.write_text(text.replace("LAUNCH=", "source ./other.sh\nLAUNCH=", 1))
+    with pytest.raises(InputError, match=r"\$N may be set by \./other\.sh, .*; look at this yourself"):
+        migrate.main([str(guide), "--out", str(tmp_path / "again")])
 
 
 def test_a_value_that_nothing_needs_has_a_line_too(tmp_path):

@@ -110,7 +110,16 @@ def test_a_spoilt_script_is_read_or_refused(tmp_path_factory, marks):
 
 
 @pytest.mark.parametrize(
-    "text", ["''" * 200_000, "# a\n" * 200_000, '"$A"' * 100_000, "A=$A" * 100_000, "${A:-" * 100_000, "$((" * 100_000]
+    "text",
+    [
+        "''" * 200_000,
+        "# a\n" * 200_000,
+        '"$A"' * 100_000,
+        "A=$A" * 100_000,
+        "${A:-" * 100_000,
+        "$((" * 100_000,
+        "\n" + "".join(f"V{i}=1\n" for i in range(60_000)) + "source x\n" * 30_000,
+    ],
 )
 def test_a_long_script_takes_no_longer_than_its_length(tmp_path, text):
     (tmp_path / "a.sh").write_text(f"A={'x' * 60_000}\ntorchrun {text}\n")
