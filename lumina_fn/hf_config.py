@@ -82,7 +82,7 @@ def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[Mod
     )
     wrong = [f"this model does not have the fields {listed(sorted(unknown))}"] if unknown else []
     wrong += [
-        f"{name} is {config[name]!r}, supported is {value!r}"
+        f"{name} is {config[name]!r:.200}, supported is {value!r}"
         for name, value in _ONLY.items()
         if name in config and (config[name] != value or isinstance(config[name], bool) != isinstance(value, bool))
     ]
@@ -92,12 +92,12 @@ def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[Mod
         values[ours] = value if value is not None else default if default is not None else sizes.get(ours)
     wrong += problems(values)
     if not wrong and config.get("head_dim") not in (None, values["width"] // values["heads"]):
-        wrong.append(f"head_dim is {config['head_dim']!r}, supported is hidden_size / num_attention_heads")
+        wrong.append(f"head_dim is {config['head_dim']!r:.200}, supported is hidden_size / num_attention_heads")
     masked = _masked_ids(config, wrong)
     ids = read_ids(config.get("ids"), values["vocab"], wrong)
     if wrong:
         raise InputError(printable(f"{where}: {'; '.join(wrong)}"))
-    notes = [f"{name} = {config[name]!r} is not applied" for name in _DROPOUT if config.get(name)]
+    notes = [f"{name} = {config[name]!r:.200} is not applied" for name in _DROPOUT if config.get(name)]
     values |= {"eps": float(values["eps"]), "rope_theta": float(values["rope_theta"])}
     return ModelConfig(**values, masked_ids=masked, ids=ids), notes
 
@@ -119,7 +119,7 @@ def problems(values: Mapping) -> list[str]:
         else:
             good, expected = type(value) is int and 0 < value <= LARGEST, f"a whole number from 1 to {LARGEST}"
         if not good:
-            wrong.append(f"{name} is {value!r}, expected {expected}")
+            wrong.append(f"{name} is {value!r:.200}, expected {expected}")
     if not wrong and (values["width"] % values["heads"] or values["width"] // values["heads"] % 2):
         wrong.append("hidden_size / num_attention_heads must be an even whole number")
     if not wrong and values["heads"] % values["kv_heads"]:
@@ -131,7 +131,7 @@ def _masked_ids(config: Mapping, wrong: list[str]) -> tuple[int, ...]:
     """Image ids, if the config (or its silence, which means the same) wants their logits masked."""
     mask, names = config.get("mask_image_logits"), config.get("vocabulary_map")
     if mask not in (None, True, False):
-        wrong.append(f"mask_image_logits is {mask!r}, expected true or false")
+        wrong.append(f"mask_image_logits is {mask!r:.200}, expected true or false")
     if not isinstance(names, Mapping | None):
         wrong.append("vocabulary_map is not an object of names and ids")
         names = None

@@ -134,7 +134,7 @@ def _open_native(path: Path, config: dict) -> Source:
     form, kind, sizes = config["format"], config.get("kind"), config.get("model")
     if form != FORMAT or not isinstance(kind, str) or kind not in kinds:
         raise InputError(
-            f"{where} has format {form!r} and kind {kind!r}; this version reads {FORMAT!r}, lumina or movqgan"
+            f"{where} has format {form!r:.200} and kind {kind!r:.200}; this version reads {FORMAT!r}, lumina or movqgan"
         )
     expected = {f.name for f in fields(kinds[kind])} - {"ids"}
     if not isinstance(sizes, dict) or sizes.keys() != expected:
