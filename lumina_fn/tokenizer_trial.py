@@ -55,9 +55,7 @@ def check(data: bytes, path: Path, known: Path | None) -> None:
         return
     problem, passed = _tried(data)
     if problem is not None:
-        raise InputError(
-            printable(f"{path}: not a tokenizer: loading it {problem}; get it again from who made it")
-        )
+        raise InputError(printable(f"{path}: not a tokenizer: loading it {problem}; get it again from who made it"))
     if passed and known is not None:
         with suppress(OSError, InputError):  # a place that cannot be written: it is tried again next time
             known.mkdir(mode=0o700, parents=True, exist_ok=True)
