@@ -44,7 +44,9 @@ class Program(NamedTuple):
 
 def load(out: str | Path, file: str) -> Program:
     """One of the programs of a folder that `python -m lumina_fn.export` wrote. torch.export.load trusts its file: so must you."""
-    (entry,) = (p for p in reading.json_object(Path(out) / REPORT, "the report of an export")["programs"] if p["file"] == file)
+    (entry,) = (
+        p for p in reading.json_object(Path(out) / REPORT, "the report of an export")["programs"] if p["file"] == file
+    )
     program = torch.export.load(Path(out) / file)
     return Program(program.module(), *(tuple(x["name"] for x in entry[key]) for key in ("inputs", "outputs")))
 

@@ -136,7 +136,12 @@ def test_the_page_loads_and_runs_nothing(call, tmp_path, made):
     path, _ = made
     code, out, _ = call("report", path, "--size", 64, "--out", tmp_path / "out", "--samples", 99)
     assert code == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.txt", "report.json", "report.html", ".lumina.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "report.txt",
+        "report.json",
+        "report.html",
+        ".lumina.json",
+    }
     assert out == (tmp_path / "out/report.txt").read_text()
     assert "\x1b" not in out
     page = (tmp_path / "out/report.html").read_text()

@@ -277,6 +277,7 @@ ALLOWED = {
     "lumina_fn/imported.py": "a zip in bytes that `reading` read",
     "lumina_fn/programs.py": "the package's own lists",
     "lumina_fn/errors.py": "/dev/null",
+    "lumina_fn/compile_cache.py": "Inductor's own files in its cache, by their names",
     "kernels": "its own lists, and the table that it writes",
     "experiments/demo": "its own assets and runs/demo",
     "experiments/launching": "this launch's private folder",

@@ -98,7 +98,10 @@ def test_pictures_are_what_the_model_draws_and_the_vq_decodes(call, tmp_path, lm
     assert [(a["file"], a["prompt_index"], a["picture_index"]) for a in about] == [
         ("0000_00.png", 0, 0), ("0000_01.png", 0, 1), ("0001_00.png", 1, 0), ("0001_01.png", 1, 1),
     ]  # fmt: skip
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {a["file"] for a in about} | {"samples.jsonl", ".lumina.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {a["file"] for a in about} | {
+        "samples.jsonl",
+        ".lumina.json",
+    }
     (params, cfg), (vq_params, vq_cfg) = checkpoint.load_model(lm), checkpoint.load_vq(small_vq)
     tokenizer = prompt.load_tokenizer(lm)
     for a in about:

@@ -54,7 +54,9 @@ def contents(path: Path, limit: int, expected: str = "a file that can be read") 
     with opened(path, expected) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(size + 1) if size <= limit else b""  # which takes that much memory at once, as a limit would
+            data = (
+                file.read(size + 1) if size <= limit else b""
+            )  # which takes that much memory at once, as a limit would
             if len(data) > size:  # it grew since
                 data += file.read(limit - size)
         except OSError as error:
