@@ -391,6 +391,29 @@ def test_a_guard_lives_no_longer_than_its_rank():
     theirs.close()
 
 
+@pytest.mark.parametrize("keeper", [None, str(os.getpid()), "another"])
+def test_a_launch_leaves_no_folder(keeper, tmp_path):
+    """It is there until the launcher is gone, and until no rank holds it; one guard waits for that."""
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    if keeper is not None:
+        (folder / guard.KEEPER).write_text(keeper)
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    rank = guard.hold(folder)
+    tidy = threading.Thread(target=guard.tidy, args=(folder, guard.identify(launcher.pid)), daemon=True)
+    tidy.start()
+    tidy.join(0.5)
+    assert tidy.is_alive() == (keeper != "another")
+    launcher.kill()
+    launcher.wait()
+    time.sleep(0.3)
+    assert folder.exists()
+    os.close(rank)
+    tidy.join(5)
+    assert not tidy.is_alive()
+    assert folder.exists() == (keeper == "another")
+
+
 def test_the_launcher_is_the_nearest_process_without_the_variable():
     me = guard.identify(os.getpid())
     assert guard.launcher_above(os.getpid(), "NO_SUCH_VARIABLE") == me

@@ -140,8 +140,8 @@ def tidy(folder: Path, launcher: Process) -> None:
 
     A launcher that is there may start ranks again. The first rank's guard waits for it, until another attempt's does.
     """
-    with suppress(OSError):  # no keeper: its rank ended in its first milliseconds
-        while not is_gone(launcher) and (folder / KEEPER).read_text() == str(os.getpid()):
+    with suppress(OSError):  # another guard removed it
+        while not is_gone(launcher) and _keeps(folder):
             time.sleep(LOOK / 5)
     if not is_gone(launcher):
         return
@@ -152,6 +152,13 @@ def tidy(folder: Path, launcher: Process) -> None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return shutil.rmtree(folder)
             time.sleep(LOOK / 10)
+
+
+def _keeps(folder: Path) -> bool:
+    """Whether this guard is the one that waits. The first rank may have ended before it had one: then whichever looks first is."""
+    with suppress(FileExistsError), (folder / KEEPER).open("x") as file:
+        file.write(str(os.getpid()))
+    return (folder / KEEPER).read_text() == str(os.getpid())
 
 
 def main() -> None:
