@@ -391,7 +391,7 @@ def test_a_guard_lives_no_longer_than_its_rank():
     theirs.close()
 
 
-@pytest.mark.parametrize("keeper", [None, str(os.getpid()), "another"])
+@pytest.mark.parametrize("keeper", [None, str(os.getpid()), "another"], ids=["nobody", "this process", "another"])
 def test_a_launch_leaves_no_folder(keeper, tmp_path):
     """It is there until the launcher is gone, and until no rank holds it; one guard waits for that."""
     folder = tmp_path / "launch"
