@@ -2,8 +2,11 @@
 
 import atexit
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from jaxtyping import install_import_hook
 
 from tests import shapes
@@ -15,3 +18,11 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # set where this is a worker: a
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
 
 install_import_hook(["ops", "lumina_fn"], f"{shapes.__name__}.checked")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """As it was: a command's end ignores SIGINT, and what later tests start would inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
