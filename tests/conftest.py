@@ -4,7 +4,6 @@ import atexit
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 from jaxtyping import install_import_hook
@@ -21,8 +20,6 @@ install_import_hook(["ops", "lumina_fn"], f"{shapes.__name__}.checked")
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """As it was: a command's end ignores SIGINT, and what later tests start would inherit that."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
+def ctrl_c() -> None:
+    """Listened to by every test and by what it starts: a command's end ignores it, a shell's background job too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,10 +17,7 @@ TINY = [sys.executable, "-m", "experiments.dataset", "report", "experiments/demo
 @pytest.mark.parametrize("wait", [0.15, 0.4, 0.8, 1.2, 1.8, 2.6])
 def test_ctrl_c_while_a_command_imports(wait):
     """At once, without a traceback; before Python has read its own files there is nothing that could answer."""
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a shell's background it would not
-    child = subprocess.Popen(
-        TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=listens
-    )
+    child = subprocess.Popen(TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(wait)
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
