@@ -3,9 +3,10 @@
 import re
 import resource
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,16 @@ def lowered_by(flags: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise_refused(error, "out of memory", flags)
+        raise_refused(error, "out of memory", lambda: flags)
         raise
 
 
-def raise_refused(error: Exception, what: str, rest: str) -> None:
-    """Raise an OutOfMemory in place of an error of memory, unless it is one. What the failed calls held is let go."""
+def raise_refused(error: Exception, what: str, rest: Callable[[], str]) -> None:
+    """Raise an OutOfMemory in place of an error of memory, unless it is one. What the failed calls held is let go first."""
     if isinstance(error, OutOfMemory) or (words := refusal.told(error)) is None:
         return
     traceback.clear_frames(error.__traceback__)
-    raise OutOfMemory(f"{what}{words and f' ({words})'}: {rest}") from error
+    raise OutOfMemory(f"{what}{words and f' ({words})'}: {rest()}") from error
 
 
 def free(device: "torch.device", processes: int = 1) -> int | None:
@@ -72,13 +73,25 @@ class Place:
 class Room:
     """What a run's largest step needs and its device has, in bytes, seen before anything is loaded."""
 
+    cfg: "ModelConfig"
     setup: "Setup"
-    needed: int
     free: int | None
 
+    @cached_property
+    def needed(self) -> int:
+        """At the fullest point of a step. Compiled blocks, whose trace takes a second, are looked at where they may not fit."""
+        from lumina_fn import footprint
+
+        eager = footprint.peak(self.cfg, replace(self.setup, compiled=False))
+        if not self.setup.compiled or self.free is None or COMPILED * eager <= self.free:
+            return eager
+        return footprint.peak(self.cfg, self.setup)
+
     def note(self) -> str | None:
-        """A line for who begins a step that may not fit."""
-        if self.free is None or self.needed <= self.free:
+        """A line for who begins a step that may not fit. Where arithmetic leaves a doubt, the step is looked at for 0.2 to 0.4 s."""
+        from lumina_fn import cost
+
+        if self.free is None or cost.most_memory(self.cfg, self.setup) <= self.free or self.needed <= self.free:
             return None
         return f"note: a step is predicted to need {size(self.needed)} (plan), {size(self.free)} are free: {ways(self.setup)}"
 
@@ -88,19 +101,22 @@ class Room:
         `lower` says what to do.
         """
         place = Place(what)
-        has = "" if self.free is None else f", {size(self.free)} were free"
-        needs = f"a step of --micro-batch {self.setup.micro_batch} needs about {size(self.needed)} (plan){has}"
         try:
             yield place
         except Exception as error:
-            raise_refused(error, f"out of memory {place.now}", f"{needs}: {lower or ways(self.setup)}")
+            rest = lambda: f"{self._numbers()}: {lower or ways(self.setup)}"
+            raise_refused(error, f"out of memory {place.now}", rest)
             raise
+
+    def _numbers(self) -> str:
+        has = "" if self.free is None else f", {size(self.free)} were free"
+        return f"a step of --micro-batch {self.setup.micro_batch} needs about {size(self.needed)} (plan){has}"
 
 
 def room(
     run: Any, world: "World", cfg: "ModelConfig", longest: int, device: "torch.device", compute: "torch.dtype"
 ) -> Room:
-    """A finetune's room; `longest` is its longest item's tokens. This takes 0.2 to 0.4 s, for 7.88 billion parameters too."""
+    """A finetune's room; `longest` is its longest item's tokens."""
     from experiments import plan
     from lumina_fn import batches
 
@@ -112,18 +128,7 @@ def room(
         devices=world.size, shard_size=run.shard_size or world.local_size, micro_batch=micro,
         micro_batches=-(-share // micro),
     )  # fmt: skip
-    has = free(device, world.local_size)
-    return Room(setup, needed(cfg, setup, has), has)
-
-
-def needed(cfg: "ModelConfig", setup: "Setup", has: int | None) -> int:
-    """Bytes at the fullest point of a step. Compiled blocks, whose trace takes a second, are looked at where they may not fit."""
-    from lumina_fn import footprint
-
-    eager = footprint.peak(cfg, replace(setup, compiled=False))
-    if not setup.compiled or has is None or COMPILED * eager <= has:
-        return eager
-    return footprint.peak(cfg, setup)
+    return Room(cfg, setup, free(device, world.local_size))
 
 
 def ways(setup: "Setup") -> str:

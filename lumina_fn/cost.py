@@ -1,4 +1,4 @@
-"""How a model is trained, and what that takes by arithmetic: FLOPs, and bytes between devices."""
+"""How a model is trained, and what that takes by arithmetic: FLOPs, bytes between devices, and a bound on those in memory."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 
+from kernels import reference
 from lumina_fn import model
 from lumina_fn.config import ModelConfig
 from lumina_fn.sharding import Mesh
@@ -76,6 +77,16 @@ def _block_flops(cfg: ModelConfig, tokens: int) -> int:
     K, D = cfg.head_width, cfg.width
     matrices = 2 * cfg.heads * K * D + 2 * cfg.kv_heads * K * D + 3 * cfg.hidden * D
     return 2 * matrices + 2 * cfg.heads * K * tokens
+
+
+def most_memory(cfg: ModelConfig, setup: Setup) -> int:
+    """Bytes that a step on one device stays below, by arithmetic alone; `footprint.peak` says how many it holds, mostly half or less."""
+    size, tokens = setup.masters.itemsize, setup.micro_batch * setup.tokens
+    parts = 16 * parameters(cfg)  # masters, moments, gradients, gathered and summed ones: of each at most two
+    wide = cfg.width + cfg.hidden + (cfg.heads + cfg.kv_heads) * cfg.head_width
+    blocks = tokens * (8 * wide * (cfg.layers + 4) + 8 * cfg.heads * setup.tokens)  # of one the scores, written out
+    loss = 8 * (min(tokens, 2 * reference.CHUNK) * cfg.vocab + tokens * cfg.width)
+    return size * (parts + blocks + loss)
 
 
 class Traffic(NamedTuple):

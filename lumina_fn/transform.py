@@ -1,4 +1,7 @@
-"""The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that is walked by hand."""
+"""The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that is walked by hand.
+
+The compiler is imported where something is compiled: that takes two seconds, for which no other command waits.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,15 +10,11 @@ import optree
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 from torch.func import vjp
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ops
-from lumina_fn import compile_cache
 
 
 class _Remat(torch.autograd.Function):
@@ -62,6 +61,8 @@ Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]  # a flat gr
 
 def inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     """The graph as machine code. It is flat already: Dynamo would only guard hundreds of parameters again."""
+    from lumina_fn import compile_cache
+
     with torch.no_grad():
         return compile_cache.compiled(graph, examples)
 
@@ -169,6 +170,10 @@ def _recomputing(fn, examples, fixed, backend) -> Pair:
 
 def _saving(fn, examples, fixed, backend) -> Pair:
     """The joint graph of fn and its vjp, cut where the fewest bytes are kept."""
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
     flat = [x.requires_grad_(i not in fixed) for i, x in enumerate(examples)]
     decompositions = {**select_decomp_table(), **ops.REFERENCES}
     joint = aot_export_joint_simple(lambda *xs: (fn(*xs),), flat, trace_joint=True, decompositions=decompositions)

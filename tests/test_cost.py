@@ -1,5 +1,6 @@
 """The operations, the traffic and the time that are told of a training step, against what is counted in real ones."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,24 @@ def test_the_7b_takes_what_is_known_of_it():
     assert cost.parameters(LUMINA_7B) == 7_880_273_920
     known = {1024: 43.9, 4096: 46.3, 9500: 50.5}  # GFLOP a token
     assert {n: round(cost.flops(LUMINA_7B, n) / 1e9, 1) for n in known} == known
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_stays_below_its_bound(seed):
+    """By a good part: what is drawn here is not all there is."""
+    pick = random.Random(seed).choice
+    groups, width = pick((1, 2, 4)), pick((16, 64))
+    heads = groups * pick((1, 4))
+    cfg = replace(
+        TINY, layers=pick((1, 2, 4, 12)), heads=heads, kv_heads=groups, width=heads * width, vocab=pick((300, 70_000)),
+        hidden=pick((32, 256, 2048)),
+    )  # fmt: skip
+    setup = Setup(
+        pick((1, 2, 4)), pick(("fsdp", "sdp", "no")), tokens=pick((16, 128, 2048)), micro_batch=pick((1, 8)),
+        micro_batches=pick((1, 2)), dtype=pick((torch.float32, BF16, torch.float64)), remat=pick((True, False)),
+        sync=pick((True, False)), forward_prefetch=pick((True, False)), cpu=pick((True, False)), compiled=seed % 10 == 0,
+    )  # fmt: skip
+    assert footprint.peak(cfg, setup) < 0.6 * cost.most_memory(cfg, setup)
 
 
 class Moved(TorchDispatchMode):

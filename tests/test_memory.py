@@ -261,11 +261,16 @@ def test_room_is_what_the_plan_says(features, tmp_path, monkeypatch):
     compiled = replace(expected, devices=1, compiled=True)
     exact, eager = (footprint.peak(cfg, replace(compiled, compiled=c)) for c in (True, False))
     assert exact != eager
-    assert memory.needed(cfg, compiled, 1) == exact
-    assert memory.needed(cfg, compiled, 10**12) == eager
-    assert memory.Room(expected, 10, 10).note() is None
-    assert memory.Room(expected, 10, None).note() is None
-    assert memory.Room(expected, 11, 10).note() is not None
+    assert memory.Room(cfg, compiled, 1).needed == exact
+    assert memory.Room(cfg, compiled, 10**12).needed == eager
+    needed = memory.Room(cfg, expected, None).needed
+    for free, fits in ((None, True), (10**12, True), (needed, True), (needed - 1, False)):
+        assert (memory.Room(cfg, expected, free).note() is None) is fits
+
+
+def test_a_step_that_surely_fits_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr(footprint, "peak", None)
+    assert memory.Room(checkpoint.read_config(LM), Setup(cpu=True), 10**12).note() is None
 
 
 def test_a_checkpoint_that_is_being_written_is_finished_first(features, tmp_path, monkeypatch):
