@@ -10,6 +10,7 @@ Three callables are the whole extension mechanism, each an identity by default:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -166,8 +167,11 @@ def init(
     cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Params:
     """Random parameters, normal with deviation 0.02; with device="meta", their shapes and dtypes only."""
-    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype) * 0.02
+    if torch.device(device).type == "meta":
+        draw = torch.empty  # torch.randn imports PyTorch's compiler there, which takes two seconds
+    else:
+        draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(seed))
+    normal = lambda *shape: draw(shape, device=device, dtype=dtype).mul_(0.02)
     ones = lambda *shape: torch.ones(shape, device=device, dtype=dtype)
     zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
     D, F_, K, V = cfg.width, cfg.hidden, cfg.head_width, cfg.vocab

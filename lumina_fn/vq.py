@@ -210,8 +210,11 @@ def init(
     cfg: VQConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Params:
     """Random parameters that let signals through at about their size; with device="meta", their shapes and dtypes only."""
-    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    if torch.device(device).type == "meta":
+        draw = torch.empty  # torch.randn imports PyTorch's compiler there, which takes two seconds
+    else:
+        draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(seed))
+    normal = lambda *shape: draw(shape, device=device, dtype=dtype)
     ones = lambda n: torch.ones(n, device=device, dtype=dtype)
     zeros = lambda n: torch.zeros(n, device=device, dtype=dtype)
     widths = [cfg.channels * m for m in cfg.multipliers]
