@@ -10,11 +10,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from experiments import dataset_looks, settings
-from experiments.settings import POSITIONAL, SEED, EnvCheck, Range
+from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, dataset, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError, printable
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.ranges import SEED, Range
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Verify:
     vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
     image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
-    n: Annotated[int, "pictures, drawn at random", Range(1)] = 64
+    n: Annotated[int, "pictures, drawn at random", Range(1, 10**9)] = 64
     seed: Annotated[int, "of that draw", SEED] = 0
     allow: Annotated[
         float, "share of a picture's codes that may differ: another device rounds differently", Range(0, 1)

@@ -1,11 +1,11 @@
 """The settings of experiments.finetune: its flags, their defaults and what they mean."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from experiments.settings import REPEATED, SEED, EnvCheck, Range
+from experiments.settings import REPEATED, EnvCheck
+from lumina_fn.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, Range
 
 REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 
@@ -20,7 +20,7 @@ class Settings:
         REPEATED,
     ]
     out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
-    steps: Annotated[int, "how many", Range(1, 10**9)] = 5000
+    steps: Annotated[int, "how many", STEPS] = 5000
     batch: Annotated[int, "samples per step, over all processes", Range(1, 1 << 20)] = 8
     micro_batch: Annotated[
         int,
@@ -32,9 +32,9 @@ class Settings:
     schedule: Annotated[Literal["constant", "cosine"], "of the learning rate after warm-up; cosine ends at 0"] = (
         "constant"
     )
-    weight_decay: Annotated[float, "of AdamW, on every parameter", Range(0, 10**6)] = 1e-2
-    clip: Annotated[float, "global gradient norm", Range(0, math.inf, above=True)] = 1.0
-    z_weight: Annotated[float, "weight of the z-loss", Range(0, 1)] = 1e-5
+    weight_decay: Annotated[float, "of AdamW, on every parameter", WEIGHT_DECAY] = 1e-2
+    clip: Annotated[float, "global gradient norm", CLIP] = 1.0
+    z_weight: Annotated[float, "weight of the z-loss", Z_WEIGHT] = 1e-5
     caption_drop: Annotated[float, "probability that an item loses its caption, for guidance", Range(0, 1)] = 0.1
     seed: Annotated[int, "of the order and the caption drop", SEED] = 0
     dtype: Annotated[
@@ -88,7 +88,7 @@ class Settings:
         "tokens of a row that several samples share; the loss is the same (default: each has its own)",
         Range(1, 1 << 20),
     ] = None
-    log_every: Annotated[int, "steps between lines of metrics.jsonl", Range(1)] = 10
+    log_every: Annotated[int, "steps between lines of metrics.jsonl", STEPS] = 10
     profile: Annotated[
         int,
         "steps whose time is taken apart, once it is warm: OUT/profile/trace.json (for chrome://tracing or Perfetto) and ops.txt, "
@@ -98,13 +98,15 @@ class Settings:
     noise_scale_every: Annotated[
         int,
         "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
-        Range(0),
+        Range(0, 10**9),
     ] = 0
     save_every: Annotated[
-        int, "steps between checkpoints, of which one is also written early and one at the end; 0: none", Range(0)
+        int,
+        "steps between checkpoints, of which one is also written early and one at the end; 0: none",
+        Range(0, 10**9),
     ] = 500
-    keep: Annotated[int, "checkpoints that are kept: the last ones", Range(1)] = 2
-    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too", Range(1)] = None
+    keep: Annotated[int, "checkpoints that are kept: the last ones", STEPS] = 2
+    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too", STEPS] = None
     resume: Annotated[
         str,
         "auto: from OUT's last checkpoint, if it has one; no; the step of a checkpoint; or last-good: the last whose files are "

@@ -22,10 +22,11 @@ from experiments import migration_guide, settings
 from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
-from experiments.settings import POSITIONAL, Range
+from experiments.settings import POSITIONAL
 from lumina_fn import errors, images, imported, prompt, shards
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
+from lumina_fn.ranges import Range
 from lumina_fn.shards import Feature, Origin, Rejected
 
 PROJECT = Path(__file__).parents[1]

@@ -29,13 +29,14 @@ from experiments import claims, distributed, memory, run_folder, settings
 from experiments.claims import Shard
 from experiments.distributed import ALONE, World
 from experiments.encoding import Encode, Prepared, Tally, encode_shards
-from experiments.settings import POSITIONAL, SEED, EnvCheck, Range
+from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features.parts import digest
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.ranges import SEED, Range
 from lumina_fn.shards import MANIFEST, QUARANTINE, Feature, Origin, Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE
 
@@ -72,7 +73,7 @@ class Settings:
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
-@memory.lowered_by("lower --batch, or --workers")
+@memory.lowered_by("lower --batch, --workers or --size")
 def main(argv: Sequence[str] | None = None, world: World = ALONE) -> None:
     run = settings.parse(Settings, __doc__, argv)
     tokenizer = prompt.load_tokenizer(run.model)

@@ -13,7 +13,6 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    NamedTuple,
     NoReturn,
     TypeVar,
     Union,
@@ -25,6 +24,7 @@ from typing import (
 from experiments import ascend_env
 from lumina_fn import errors
 from lumina_fn.errors import InputError
+from lumina_fn.ranges import Range
 
 if TYPE_CHECKING:  # it takes seconds to load, and is loaded where a device is asked for
     import torch
@@ -36,21 +36,6 @@ REPEATED = (
 )  # `Annotated[tuple[Path, ...], "help", REPEATED]`: a flag without default, given once for each value
 
 
-class Range(NamedTuple):
-    """`Annotated[int, "help", Range(1, 10)]`: the values that make sense, and what there is no machine for."""
-
-    least: float
-    most: float = math.inf
-    above: bool = False  # `least` itself is left out
-
-    def problem(self, value: float) -> str | None:
-        """What is wrong with a value; NaN is in no range."""
-        if not (value > self.least if self.above else value >= self.least):
-            return f"expected more than {self.least}" if self.above else f"expected at least {self.least}"
-        return None if value <= self.most else f"expected at most {self.most}"
-
-
-SEED = Range(0, (1 << 63) - 1)
 DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is there
 EnvCheck = Annotated[
     Literal["error", "warn"],
@@ -90,11 +75,16 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None) -> S:
             parser.add_argument(flag, default=field.default, required=required, **common, **_values(hint))
     given = vars(parser.parse_args(argv))
     for name, hint in hints.items():
-        for mark in getattr(hint, "__metadata__", ()):
-            if isinstance(mark, Range) and given[name] is not None and (problem := mark.problem(given[name])):
-                flag = name if POSITIONAL in hint.__metadata__ else f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} {given[name]}: {problem}")
+        marks = getattr(hint, "__metadata__", ())
+        within, value = next((mark for mark in marks if isinstance(mark, Range)), None), given[name]
+        if isinstance(value, int | float) and (problem := within.problem(value) if within else _finite(value)):
+            flag = name if POSITIONAL in marks else "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {value}: {problem}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _finite(value: float) -> str | None:
+    return None if math.isfinite(value) else "expected a finite number"
 
 
 def _given(hint: Any) -> Any:

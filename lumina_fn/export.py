@@ -25,6 +25,7 @@ from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
 from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step
+from lumina_fn.ranges import CLIP, WEIGHT_DECAY, Z_WEIGHT, Range
 from lumina_fn.sharding import Mesh
 
 REPORT = "report.json"
@@ -133,11 +134,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--remat", action="store_true", help="step: compute blocks again in the backward")
     parser.add_argument("--devices", type=_size, default=1, metavar="N", help="step: ranks that share the state")
     parser.add_argument("--strategy", choices=("fsdp", "sdp", "no"), default="fsdp", help="step: how they share it")
-    parser.add_argument("--weight-decay", type=float, default=AdamW().decay, help="step: AdamW's")
-    parser.add_argument("--clip", type=float, default=AdamW().clip, help="step: largest norm of the gradients")
-    parser.add_argument("--z-weight", type=float, default=1e-5, help="step: weight of the z-loss")
+    parser.add_argument(
+        "--weight-decay", type=partial(_number, WEIGHT_DECAY), default=AdamW().decay, help="step: AdamW's"
+    )
+    parser.add_argument(
+        "--clip", type=partial(_number, CLIP), default=AdamW().clip, help="step: largest norm of the gradients"
+    )
+    parser.add_argument("--z-weight", type=partial(_number, Z_WEIGHT), default=1e-5, help="step: weight of the z-loss")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     return parser  # fmt: skip
+
+
+def _number(within: Range, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number") from error
+    if problem := within.problem(value):
+        raise argparse.ArgumentTypeError(f"{text}: {problem}")
+    return value
 
 
 def _size(text: str) -> int:

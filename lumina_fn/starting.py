@@ -14,6 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+
+from lumina_fn import refusal
 
 
 def end_at_once(*_: object) -> None:
@@ -25,6 +28,15 @@ def begin() -> None:
     """For a package's own __init__: while `python -m` looks for a module in it, argv says so."""
     if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
+        sys.excepthook = _told
+
+
+def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's last word on an error, before `errors.run` is there: what memory was refused while it imports is a line."""
+    if (line := refusal.line(error)) is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
 
 
 def keep_compiled_code() -> None:

@@ -29,6 +29,14 @@ def shell(line: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("command", ["experiments.pretokenize x y", "lumina_fn.convert x y --to hf"])
+def test_memory_that_is_refused_while_a_command_imports(command):
+    """PyTorch's library alone takes more; a program like it ends with Python's own exit code."""
+    ended = shell(f"ulimit -v 300000; {sys.executable} -m {command}")
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert ended.stderr.startswith("error: out of memory: ")
+
+
 def test_an_output_that_cannot_be_written():
     command = " ".join(HELP)
     full = shell(f"{command} > /dev/full")

@@ -1,0 +1,25 @@
+"""The values of a number that a user gives: those that make sense, and those there is a machine for."""
+
+import math
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """`Annotated[int, "help", Range(1, 10)]`: from 1 to 10. NaN is in no range."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False  # `least` itself is left out
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a value."""
+        if not (value > self.least if self.above else value >= self.least):
+            return f"expected more than {self.least}" if self.above else f"expected at least {self.least}"
+        return None if value <= self.most else f"expected at most {self.most}"
+
+
+SEED = Range(0, (1 << 63) - 1)
+STEPS = Range(1, 10**9)  # and what is counted in them
+WEIGHT_DECAY = Range(0, 10**6)
+CLIP = Range(0, above=True)  # infinity: nothing is clipped
+Z_WEIGHT = Range(0, 1)
