@@ -14,14 +14,15 @@ HELP = [sys.executable, "-m", "experiments.finetune", "--help"]
 TINY = [sys.executable, "-m", "experiments.dataset", "report", "experiments/demo/assets/lm/config.json"]
 
 
-@pytest.mark.parametrize("wait", [0.15, 0.4, 0.8, 1.2, 1.8, 2.6])
+@pytest.mark.parametrize("wait", [0.1, 0.2, 0.4, 0.7, 1.1, 1.6])
 def test_ctrl_c_while_a_command_imports(wait):
     """At once, without a traceback; before Python has read its own files there is nothing that could answer."""
     child = subprocess.Popen(TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(wait)
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
-    assert child.returncode in (130, 2, -signal.SIGINT)
+    done = child.returncode == 0 and "near-duplicates" in said  # it was faster
+    assert done or child.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in said
 
 
