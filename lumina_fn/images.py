@@ -39,7 +39,7 @@ MAX_PIXELS_OF = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 1 << 25}
 LARGE = (
     1 << 24
 )  # pixels from which a JPEG is decoded at a half, a quarter or an eighth, and a file is decoded without being held
-AT_ONCE = MAX_PIXELS  # pixels of all pictures that are decoded at the same time: 4 bytes each, and as many for what they become
+AT_ONCE = MAX_PIXELS  # pixels of all pictures that are decoded at the same time, of a format of MAX_PIXELS_OF as many times more: 4 bytes each, and as many for what they become
 MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
 MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
 LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
@@ -164,7 +164,7 @@ def load(path: Path, target: int) -> Loaded:
     with _open(path) as (file, image):
         digest = hashlib.file_digest(file, "sha256").digest()
         source = image.size
-        with _room.taken(source[0] * source[1]):
+        with _room.taken(source[0] * source[1] * MAX_PIXELS // _most(image)):
             whole, fitted = _decoded(file, image, target), None
             try:
                 fitted = whiten(crop(whole, target, source))
@@ -203,13 +203,18 @@ def _open(path: Path) -> Iterator[tuple[io.IOBase, Image.Image]]:
             )  # WEBP and AVIF are optional in Pillow
         if 0 in image.size:
             raise InputError(f"the picture has zero size ({image.width}x{image.height})")
-        most = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
+        most = _most(image)
         if image.width * image.height > most:
             raise InputError(
                 f"the picture has {image.width}x{image.height} pixels, more than {most} of {image.format}: a decompression bomb?"
             )
         file.seek(0)
         yield file, image
+
+
+def _most(image: Image.Image) -> int:
+    """Pixels that a picture of its format may have."""
+    return MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
 
 
 def _decoded(file: io.IOBase, image: Image.Image, target: int | None = None) -> Image.Image:
