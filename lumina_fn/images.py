@@ -5,13 +5,14 @@ so a palette picture is resized by nearest neighbour; EXIF rotation is not appli
 million pixels that is to be halved is halved by its decoder, which differs by a few levels of 255, and takes a fourth of the memory.
 """
 
+import ctypes
 import hashlib
 import io
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -161,20 +162,25 @@ def load(path: Path, target: int) -> Loaded:
 
     One thread's large picture waits for another's: AT_ONCE bounds what all threads of a process hold.
     """
+    with _room.entered() as take:
+        return _loaded(path, target, take)
+
+
+def _loaded(path: Path, target: int, take: Callable[[int], None]) -> Loaded:
     with _open(path) as (file, image):
         digest = hashlib.file_digest(file, "sha256").digest()
         source = image.size
-        with _room.taken(source[0] * source[1] * MAX_PIXELS // _most(image)):
-            whole, fitted = _decoded(file, image, target), None
-            try:
-                fitted = whiten(crop(whole, target, source))
-            except ValueError as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"a picture of mode {whole.mode}: {error}") from error
-            finally:
-                if fitted is not image:
-                    image.close()  # its pixels go before another picture is decoded in their room
+        take(source[0] * source[1] * MAX_PIXELS // _most(image))
+        whole, fitted = _decoded(file, image, target), None
+        try:
+            fitted = whiten(crop(whole, target, source))
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"a picture of mode {whole.mode}: {error}") from error
+        finally:
+            if fitted is not image:
+                image.close()  # an error that is told of later holds the picture, and not its pixels
     return Loaded(fitted, source, digest)
 
 
@@ -259,17 +265,32 @@ class _Room:
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        pixels = min(pixels, self._whole)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
+    def entered(self) -> Iterator[Callable[[int], None]]:
+        """`take(pixels)`, called once, waits until they are there; they are given back at the end."""
+        taken = 0
+
+        def take(pixels: int) -> None:
+            nonlocal taken
+            pixels = min(pixels, self._whole)
             with self._changed:
-                self._free += pixels
+                self._changed.wait_for(lambda: self._free >= pixels)
+                self._free -= pixels
+            taken = pixels
+
+        try:
+            yield take
+        finally:
+            if taken > LARGE:
+                _give_back()
+            with self._changed:
+                self._free += taken
                 self._changed.notify_all()
+
+
+def _give_back() -> None:
+    """To the system, what decoders have freed: malloc keeps their smaller pieces, up to 100 MB for each thread. Of glibc alone."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _room = _Room(AT_ONCE)
