@@ -158,16 +158,30 @@ def test_a_large_jpeg_is_cut_where_the_whole_one_is(tmp_path, monkeypatch):
 def test_pictures_that_are_decoded_at_once_are_bounded():
     room, held, most = images._Room(100), [], []
 
-    def take(pixels):
-        with room.taken(pixels):
+    def held_for_a_while(pixels):
+        with room.entered() as take:
+            take(pixels)
             held.append(min(pixels, 100))
             most.append(sum(held))
             time.sleep(0.002)
             held.remove(min(pixels, 100))
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(take, [30, 80, 500, 10, 60, 40, 30, 100] * 5))
+        list(pool.map(held_for_a_while, [30, 80, 500, 10, 60, 40, 30, 100] * 5))
     assert 60 <= max(most) <= 100
+
+
+def test_a_format_whose_decoder_takes_more_takes_more_of_the_room(tmp_path, monkeypatch):
+    room, taken = images._Room(10**6), []
+    monkeypatch.setattr(images, "_room", room)
+    monkeypatch.setattr(
+        images, "_decoded", lambda *_: taken.append(room._whole - room._free) or Image.new("RGB", (64, 64))
+    )
+    for name in ("x.png", "x.webp"):
+        Image.new("RGB", (96, 64)).save(tmp_path / name)
+        images.load(tmp_path / name, 64)
+    assert taken == [96 * 64, 96 * 64 * images.MAX_PIXELS // images.MAX_PIXELS_OF["WEBP"]]
+    assert room._free == room._whole
 
 
 def test_a_target_without_end_is_refused_at_once():
