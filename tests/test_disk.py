@@ -104,6 +104,15 @@ def test_a_renewed_folder_keeps_what_others_put_there(tmp_path):
     }
 
 
+def test_a_name_leaves_room_for_what_lies_beside_it(tmp_path):
+    for _ in range(2):
+        with files.new_folder(places.place(tmp_path / ("n" * places.LONGEST)), "a result", overwrite=True) as folder:
+            (folder / "x").write_text("x")
+    for name in ("n" * (places.LONGEST + 1), "\u732b" * 80):
+        with pytest.raises(InputError, match="its name is longer than"):
+            places.place(tmp_path / name)
+
+
 def test_an_input_is_found_through_every_link(tmp_path):
     dst = made(tmp_path / "dst")
     reads = tmp_path / "model"

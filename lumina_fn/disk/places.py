@@ -8,6 +8,9 @@ from pathlib import Path
 from lumina_fn.errors import InputError
 
 
+LONGEST = 220  # bytes of a result's name: file systems take 255, and what lies beside it meanwhile is named after it
+
+
 @contextmanager
 def writable(dst: str | Path) -> Iterator[None]:
     """An OSError of the block, such as a full disk, is an InputError that names `dst`."""
@@ -26,6 +29,8 @@ def place(dst: str | Path, inputs: Iterable[Path] = ()) -> Path:
         if Path(dst).is_symlink():
             raise InputError(f"{dst} is a link: name the folder itself, or remove the link")
         place = Path(os.path.realpath(dst))
+        if len(os.fsencode(place.name)) > LONGEST:
+            raise InputError(f"{dst}: its name is longer than {LONGEST} bytes: give a shorter one")
         for path in inputs:
             if Path(os.path.realpath(path)).is_relative_to(place):
                 raise InputError(f"{dst} holds {path}, which this run reads: give another place")
