@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lumina_fn.errors import InputError
 
-
 LONGEST = 220  # bytes of a result's name: file systems take 255, and what lies beside it meanwhile is named after it
 
 
