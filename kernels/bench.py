@@ -16,6 +16,7 @@ import csv
 import importlib
 import importlib.util
 import io
+import math
 import os
 import statistics
 import sys
@@ -149,6 +150,21 @@ def write_csv(path: Path, found: Sequence[Row]) -> None:
     beside.replace(path)
 
 
+def not_ours(path: Path) -> str | None:
+    """Why a file is not written over, if it is not: only a table of this command is."""
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink() or not path.is_file():
+        return "it is a link, a folder or a device: name a new file"
+    header = ",".join(Row._fields).encode() + b"\n"
+    with path.open("rb") as file:
+        return (
+            None
+            if file.readline(len(header)) == header
+            else "it holds something else than these results: name a new file"
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage before it."""
@@ -236,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{unknown[0]}: no such op; expected any of {', '.join(known)}")
     if args.csv and not args.csv.absolute().parent.is_dir():
         parser.error(f"--csv {args.csv}: there is no folder {args.csv.parent}")
+    if args.csv and (reason := not_ours(args.csv)):
+        parser.error(f"--csv {args.csv}: {reason}")
+    if args.peak and not all(0 < number < math.inf for number in args.peak):
+        parser.error("--peak: expected two numbers above 0")
     device = _device(args.device, parser)
     impls = _implementations(args.impl, device, parser)
     found: list[Row] = []
@@ -260,7 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("nothing of what was asked for can run here")
     print("\n".join([*table(found), "", *caption(found)]))
     if args.csv:
-        write_csv(args.csv, found)
+        try:
+            write_csv(args.csv, found)
+        except OSError as error:
+            parser.error(f"--csv {args.csv}: {error.strerror}; the results are above")
     return 0
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,8 @@ from lumina_fn.errors import InputError
 
 # Blocks that malloc maps one by one, and gives back: smaller ones stay, once for each thread, when a large picture is done.
 Image.core.set_block_size(64 << 20)
+# Of glibc alone. What decoders free goes back to the system: malloc keeps their smaller pieces, up to 100 MB for each thread.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 T = TypeVar("T")
 PATCH = 32  # pixels; sides are multiples of it
@@ -280,17 +282,11 @@ class _Room:
         try:
             yield take
         finally:
-            if taken > LARGE:
-                _give_back()
+            if taken > LARGE and _TRIM is not None:
+                _TRIM(0)
             with self._changed:
                 self._free += taken
                 self._changed.notify_all()
-
-
-def _give_back() -> None:
-    """To the system, what decoders have freed: malloc keeps their smaller pieces, up to 100 MB for each thread. Of glibc alone."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 _room = _Room(AT_ONCE)
