@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,43 @@ def test_a_kill_at_any_moment_loses_neither_the_old_nor_the_new(tmp_path, exchan
             assert at > 15
             return
     pytest.fail("it never came to its end")
+
+
+REPLACED = """
+import os, sys
+from pathlib import Path
+from lumina_fn.disk import files
+if sys.argv[2] == "0":
+    real = files._renameat2
+    files._renameat2 = lambda src, dst, flags: flags != files._EXCHANGE and real(src, dst, flags)
+os.write(1, b"ready")
+for n in range(10**6):
+    with files.new_folder(sys.argv[1], "result", True) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(str(n))
+"""  # one replacement after another, until it is killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_a_random_moment_leaves_one_of_them_whole(tmp_path, exchange):
+    """A hundred of them, on one folder, which is what the last kill left of it."""
+    dst, moments, seen = made(tmp_path / "dst", "a", "b"), random.Random(0), set()
+    for trial in range(100):
+        child = subprocess.Popen(
+            [sys.executable, "-c", REPLACED, str(dst), "01"[exchange]], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        assert child.stdout.read(5) == b"ready"
+        time.sleep(moments.uniform(0, 0.02))
+        child.kill()
+        child.communicate()
+        files.recover(dst)
+        assert {p.name for p in dst.iterdir()} == {"a", "b", marks.NAME}, trial
+        seen.add((dst / "a").read_text())
+        assert seen == {"a"} or (dst / "a").read_text() == (dst / "b").read_text(), trial
+    assert len(seen) > 5
+    made(dst, "next", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["dst"]
 
 
 def test_two_writers_of_one_folder(tmp_path):
