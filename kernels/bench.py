@@ -146,8 +146,11 @@ def write_csv(path: Path, found: Sequence[Row]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([Row._fields, *found])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text.getvalue())
-    beside.replace(path)
+    try:
+        beside.write_text(text.getvalue())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def not_ours(path: Path) -> str | None:
@@ -157,12 +160,12 @@ def not_ours(path: Path) -> str | None:
     if path.is_symlink() or not path.is_file():
         return "it is a link, a folder or a device: name a new file"
     header = ",".join(Row._fields).encode() + b"\n"
-    with path.open("rb") as file:
-        return (
-            None
-            if file.readline(len(header)) == header
-            else "it holds something else than these results: name a new file"
-        )
+    try:
+        with path.open("rb") as file:
+            found = file.readline(len(header))
+    except OSError as error:
+        return error.strerror
+    return None if found == header else "it holds something else than these results: name a new file"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -27,7 +27,7 @@ from lumina_fn.errors import InputError
 
 # Blocks that malloc maps one by one, and gives back: smaller ones stay, once for each thread, when a large picture is done.
 Image.core.set_block_size(64 << 20)
-# Of glibc alone. What decoders free goes back to the system: malloc keeps their smaller pieces, up to 100 MB for each thread.
+# Gives memory that decoders have freed back to the system; malloc keeps up to 100 MB of it for each thread. Only glibc has it.
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 T = TypeVar("T")
@@ -39,10 +39,11 @@ MAX_PIXELS = 89_478_485  # of a file, before it is decoded: 256 MiB of RGB, Pill
 MAX_BYTES = 1 << 30  # of a file: far more than MAX_PIXELS take
 # Pixels above which a format's decoder by itself takes half a gigabyte: WebP's holds three pictures of 4 bytes a pixel beside Pillow's.
 MAX_PIXELS_OF = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 1 << 25}
-LARGE = (
-    1 << 24
-)  # pixels from which a JPEG is decoded at a half, a quarter or an eighth, and a file is decoded without being held
-AT_ONCE = MAX_PIXELS  # pixels of all pictures that are decoded at the same time, of a format of MAX_PIXELS_OF as many times more: 4 bytes each, and as many for what they become
+# Pixels from which a JPEG is decoded at a half, a quarter or an eighth, and a file is decoded without being held.
+LARGE = 1 << 24
+# Pixels that all threads together decode at the same time: 4 bytes each, and as many for what they become. A picture of a format in
+# MAX_PIXELS_OF counts for more, in the ratio of the two limits.
+AT_ONCE = MAX_PIXELS
 MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
 MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
 LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
@@ -277,7 +278,7 @@ class _Room:
             with self._changed:
                 self._changed.wait_for(lambda: self._free >= pixels)
                 self._free -= pixels
-            taken = pixels
+                taken = pixels
 
         try:
             yield take

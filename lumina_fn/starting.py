@@ -20,7 +20,8 @@ from lumina_fn import refusal
 
 
 def end_at_once(*_: object) -> None:
-    os.write(2, b"stopped\n")
+    with suppress(OSError):  # standard error is closed
+        os.write(2, b"stopped\n")
     os._exit(130)
 
 
@@ -36,7 +37,8 @@ def _told(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if (line := refusal.line(error)) is None:
         sys.__excepthook__(kind, error, trace)
     else:
-        os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
+        with suppress(OSError):
+            os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
 
 
 def keep_compiled_code() -> None:

@@ -13,14 +13,8 @@ from lumina_fn import export
 from lumina_fn.errors import InputError
 from lumina_fn.ranges import Range
 
-COMMANDS = (
-    "finetune_settings",
-    "pretokenize",
-    "sample",
-    "dataset",
-    "dataset_verify",
-    "migrate",
-)  # plan's sums have their own
+# Not plan: it checks its own numbers.
+COMMANDS = ("finetune_settings", "pretokenize", "sample", "dataset", "dataset_verify", "migrate")
 SIZES = {"size", "width", "height"}  # in pixels: those of a list
 
 

@@ -48,6 +48,20 @@ def test_an_output_that_cannot_be_written():
         assert shell(f"{sys.executable} -m experiments.finetune --modle x {stream}").returncode == 2
 
 
+def test_what_compiles_nothing_does_not_wait_for_the_compiler():
+    """Its imports take two seconds."""
+    code = """
+import sys
+from experiments import pretokenize, sample, dataset
+from lumina_fn import config, convert, model, vq
+model.init(config.LUMINA_7B, device="meta")
+vq.init(config.VQConfig(), device="meta")
+assert not {"torch._dynamo", "torch._functorch.aot_autograd"} & set(sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_importing_the_package_changes_no_handler():
     code = "import signal; a = signal.getsignal(2); import lumina_fn, experiments; assert signal.getsignal(2) is a"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, check=False).returncode == 0
