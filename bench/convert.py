@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from bench.harness import GB, Row, ratio, row
-from lumina_fn import checkpoint, cost, hf_config, model, names, sources, tensor_files
+from lumina_fn import checkpoint, model, sources
 from lumina_fn.config import LUMINA_7B
-from lumina_fn.tensor_files import Stored
+from lumina_fn.costs import cost
+from lumina_fn.formats import hf_config, names, tensor_files
+from lumina_fn.formats.tensor_files import Stored
 
 
 def write_random(folder: Path, layers: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from bench import ceilings, peers
 from bench.harness import Bench, Row, anew, speed_row, speeds
 from bench.language import CFG
-from lumina_fn import cost, model, sample, vocab
+from lumina_fn import model, sample, vocab
+from lumina_fn.costs import cost
 
 PROMPT, TOP_K, GUIDANCE = 64, 2000, 4.0
 # Where sep and the sizes are does not matter here: the released tokenizer says it.

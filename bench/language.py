@@ -16,11 +16,12 @@ from bench.ceilings import FLOPS, SIDE, sgemm
 from bench.harness import GB, Bench, Row, Runs, in_turn, row, speed_row, working
 from bench.step import of_first_step
 from experiments import processes
-from lumina_fn import cost, footprint, model, train
+from lumina_fn import model, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
+from lumina_fn.costs import cost, footprint
+from lumina_fn.costs.cost import Setup
+from lumina_fn.gradients import block_pair, seams, walk
 from lumina_fn.loss import Batch, predicted
-from lumina_fn.walk import block_pair, seams, walk
 
 CFG = ModelConfig(width=768, layers=12, heads=12, kv_heads=12, hidden=2048)
 Z_WEIGHT = 1e-5
@@ -87,7 +88,7 @@ def step(cfg: ModelConfig, tokens: int) -> Bench:
 
 
 def flops(cfg: ModelConfig, tokens: int) -> int:
-    """The model's FLOPs of a step, by the convention of lumina_fn.cost."""
+    """The model's FLOPs of a step, by the convention of lumina_fn.costs.cost."""
     return tokens * cost.flops(cfg, tokens)
 
 

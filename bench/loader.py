@@ -18,9 +18,10 @@ import numpy as np
 
 from experiments import processes
 from experiments.settings import parse
-from lumina_fn import batches, data, errors, model, shards, train
+from lumina_fn import data, errors, model, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.mixing import Mixture
+from lumina_fn.features import batches, shards
+from lumina_fn.features.mixing import Mixture
 from lumina_fn.vocab import Ids
 
 IDS = Ids(start=1, end=2, newline=3, sep=4, size0=5, code0=1024, codes=16_384)

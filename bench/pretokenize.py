@@ -22,8 +22,9 @@ from experiments import claims, pretokenize, settings
 from experiments.claims import Shard
 from experiments.demo import tasks
 from experiments.encoding import encode_shards
-from lumina_fn import errors, images, prompt, shards, vq
+from lumina_fn import errors, images, prompt, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.features import shards
 
 MODEL = tasks.LM
 CFG = VQConfig(channels=32)

@@ -9,7 +9,7 @@ from experiments.distributed import World
 from lumina_fn import data, prompt
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
-from lumina_fn.mixing import Mixture
+from lumina_fn.features.mixing import Mixture
 
 
 def flags(run: Any) -> None:

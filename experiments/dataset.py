@@ -25,10 +25,11 @@ from rich.progress import Progress
 from experiments import dataset_html, dataset_looks, dataset_report, dataset_verify, settings
 from experiments.dataset_looks import Look
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import data, dataset, errors, images, prompt, vq
+from lumina_fn import data, errors, images, prompt, vq
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
-from lumina_fn.ranges import SEED, Range
+from lumina_fn.features import dataset
+from lumina_fn.process.ranges import SEED, Range
 
 WINDOW = 1024  # rows that are under way at once
 Picture = Callable[[Look], Image.Image]  # of a row; raises InputError

@@ -13,11 +13,12 @@ from PIL import Image
 
 from experiments import pretokenize
 from experiments.dataset_duplicates import Fingerprint, fingerprint
-from lumina_fn import data, dataset, images, shards
+from lumina_fn import data, images
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, shards
+from lumina_fn.features.shards import Rejected
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.shards import Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
 UNKNOWN = bytes(32).hex()  # SHA-256 of a file that was not there when its features were taken over

@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 
 from experiments import dataset_looks, settings
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import checkpoint, data, dataset, images, prompt, vq
+from lumina_fn import checkpoint, data, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError, printable
+from lumina_fn.features import dataset
+from lumina_fn.process.ranges import SEED, Range
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.ranges import SEED, Range
 
 
 @dataclass(frozen=True)

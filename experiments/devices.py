@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lumina_fn import cost
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup, Traffic
+from lumina_fn.costs import cost
+from lumina_fn.costs.cost import Setup, Traffic
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from experiments.ending import ECHO, Ending, watch_launcher, watch_neighbour
 from experiments.launching import addresses, guard, start
 from experiments.launching.place import Place
 from experiments.stopping import Stop
-from lumina_fn import errors, refusal
+from lumina_fn import errors
 from lumina_fn.errors import InputError
+from lumina_fn.process import out_of_memory
 from lumina_fn.sharding import Mesh
 
 CONNECT = timedelta(seconds=15)  # to the launcher's store, which is there before its ranks are
@@ -121,11 +122,11 @@ def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> 
     except SystemExit as asked:  # --help
         code = asked.code
     except InputError as error:
-        if refused := refusal.line(error):  # of which something was made, as in `errors.run`
+        if refused := out_of_memory.line(error):  # of which something was made, as in `errors.run`
             ending(1, errors.printable(refused))
         ending(2, errors.printable(error))
     except Exception as error:
-        if refused := refusal.line(error):
+        if refused := out_of_memory.line(error):
             ending(1, errors.printable(refused))
         failure = traceback.format_exc()
         time.sleep(ECHO)  # a collective fails where another rank is lost: then `watch_neighbour` says so

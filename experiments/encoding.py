@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments.claims import Shard
 from lumina_fn import images
-from lumina_fn.shards import Feature, Rejected
+from lumina_fn.features.shards import Feature, Rejected
 
 WINDOW = 16  # batches read ahead, to find pictures of equal size
 A, B = TypeVar("A"), TypeVar("B")

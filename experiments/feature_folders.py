@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lumina_fn import data
 from lumina_fn.errors import InputError
-from lumina_fn.mixing import Mixture
+from lumina_fn.features.mixing import Mixture
 
 _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?|\.\d{1,9}|\d{1,9}/\d{1,9}", re.ASCII)
 

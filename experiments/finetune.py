@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from experiments import settings
 from experiments.finetune_settings import Settings
 from experiments.launching import start
-from lumina_fn import starting
+from lumina_fn.process import startup
 
 if TYPE_CHECKING:
     from experiments.distributed import World
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
     """Returns the exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = settings.parse(Settings, __doc__, argv)
-    with starting.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
+    with startup.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
         from experiments import distributed, finetuning
 
     return finetuning.main(run, argv, world or distributed.ALONE)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
 
 def _embedded_default(world: "World | None") -> list[str]:
     """Arguments for the fine-tune of `make demo`, whose model and features are written first."""
-    with starting.importing():
+    with startup.importing():
         from experiments.demo import tasks
 
     if world is None or world.rank == 0:

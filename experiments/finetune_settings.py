@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experiments.settings import REPEATED, EnvCheck
-from lumina_fn.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, Range
+from lumina_fn.process.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, Range
 
 REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 

@@ -14,13 +14,14 @@ from experiments.finetune_settings import REMAT_FROM, Settings
 from experiments.memory import Room
 from experiments.metrics import Log
 from experiments.resuming import Checkpoints
-from lumina_fn import batches, checkpoint, errors, model, optim, prefetch, train
+from lumina_fn import checkpoint, errors, model, optim, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import places
-from lumina_fn.manifest import CHECKPOINTS, ORIGIN
-from lumina_fn.mixing import Mixture
-from lumina_fn.refusal import OutOfMemory
+from lumina_fn.features import batches, prefetch
+from lumina_fn.features.mixing import Mixture
+from lumina_fn.process.out_of_memory import OutOfMemory
 from lumina_fn.sharding import Mesh
+from lumina_fn.state.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.train import TrainState
 
 STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken

@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumina_fn import refusal
-from lumina_fn.refusal import OutOfMemory, size
+from lumina_fn.process import out_of_memory
+from lumina_fn.process.out_of_memory import OutOfMemory, size
 
 if TYPE_CHECKING:  # sample and pretokenize, which only name their flags, do not wait for what a plan imports
     import torch
 
     from experiments.distributed import World
     from lumina_fn.config import ModelConfig
-    from lumina_fn.cost import Setup
+    from lumina_fn.costs.cost import Setup
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Where a cgroup's limit, its use and, in memory.stat, its cache of files stand: of version 2, and of version 1.
@@ -43,7 +43,7 @@ def lowered_by(flags: str) -> Iterator[None]:
 
 def raise_refused(error: Exception, what: str, rest: Callable[[], str]) -> None:
     """Raise an OutOfMemory in place of an error of memory, unless it is one. What the failed calls held is let go first."""
-    if isinstance(error, OutOfMemory) or (words := refusal.told(error)) is None:
+    if isinstance(error, OutOfMemory) or (words := out_of_memory.told(error)) is None:
         return
     traceback.clear_frames(error.__traceback__)
     raise OutOfMemory(f"{what}{words and f' ({words})'}: {rest()}") from error
@@ -80,7 +80,7 @@ class Room:
     @cached_property
     def needed(self) -> int:
         """At the fullest point of a step. Compiled blocks, whose trace takes a second, are looked at where they may not fit."""
-        from lumina_fn import footprint
+        from lumina_fn.costs import footprint
 
         eager = footprint.peak(self.cfg, replace(self.setup, compiled=False))
         if not self.setup.compiled or self.free is None or COMPILED * eager <= self.free:
@@ -89,7 +89,7 @@ class Room:
 
     def note(self) -> str | None:
         """A line for who begins a step that may not fit. Where arithmetic leaves a doubt, the step is looked at for 0.2 to 0.4 s."""
-        from lumina_fn import cost
+        from lumina_fn.costs import cost
 
         if self.free is None or cost.most_memory(self.cfg, self.setup) <= self.free or self.needed <= self.free:
             return None
@@ -118,7 +118,7 @@ def room(
 ) -> Room:
     """A finetune's room; `longest` is its longest item's tokens."""
     from experiments import plan
-    from lumina_fn import batches
+    from lumina_fn.features import batches
 
     tokens = min(run.pack or batches.bucket(longest), cfg.max_positions)
     share = -(-run.batch // world.size)

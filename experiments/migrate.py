@@ -23,11 +23,12 @@ from experiments.migration_commands import Command
 from experiments.migration_guide import Guide
 from experiments.migration_shell import quoted
 from experiments.settings import POSITIONAL
-from lumina_fn import errors, images, imported, prompt, shards
+from lumina_fn import errors, images, prompt
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
-from lumina_fn.ranges import Range
-from lumina_fn.shards import Feature, Origin, Rejected
+from lumina_fn.features import foreign, shards
+from lumina_fn.features.shards import Feature, Origin, Rejected
+from lumina_fn.process.ranges import Range
 
 PROJECT = Path(__file__).parents[1]
 REFUSED = 20  # fields that are named in an error
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = settings.parse(Settings, __doc__, argv)
     if not run.source.is_dir():
         raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
-    if imported.indexes(run.source):
+    if foreign.indexes(run.source):
         _features(run)
     elif run.model is not None or run.size:
         raise InputError(f"{run.source} holds no extracted features, which --model and --size are for")
@@ -65,10 +66,10 @@ def _features(run: Settings) -> None:
     tokenizer = prompt.load_tokenizer(run.model)
     origin = Origin(run.size, 0, tokenizer.ids, tokenizer.fingerprint, vq="")
     places.place(run.out, [run.source, run.model])
-    left: list[imported.Left] = []
+    left: list[foreign.Left] = []
     with files.new_folder(run.out, shards.KIND, run.overwrite) as folder:
         file_of: dict[int, str] = {}
-        done = shards.write_features(folder, _kept(imported.read(run.source, tokenizer), left, file_of), origin)
+        done = shards.write_features(folder, _kept(foreign.read(run.source, tokenizer), left, file_of), origin)
         if not done:
             raise InputError(f"{run.source}: none of {len(left)} records could be used; the first: {left[0].reason}")
         _write_manifest(folder, left, file_of)
@@ -81,7 +82,7 @@ def _features(run: Settings) -> None:
 
 
 def _kept(
-    results: Iterator[tuple[Feature, str] | imported.Left], left: list[imported.Left], file_of: dict[int, str]
+    results: Iterator[tuple[Feature, str] | foreign.Left], left: list[foreign.Left], file_of: dict[int, str]
 ) -> Iterator[Feature]:
     """The features; what became none goes to the list. Progress is shown on a terminal."""
     console = Console(stderr=True)
@@ -89,14 +90,14 @@ def _kept(
         *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
     ) as progress:
         for result in progress.track(results, total=None, description="records"):
-            if isinstance(result, imported.Left):
+            if isinstance(result, foreign.Left):
                 left.append(result)
             else:
                 feature, file_of[result[0].row] = result
                 yield feature
 
 
-def _write_manifest(folder: Path, left: list[imported.Left], file_of: dict[int, str]) -> None:
+def _write_manifest(folder: Path, left: list[foreign.Left], file_of: dict[int, str]) -> None:
     rejected = [Rejected(item.row, item.file, item.reason) for item in left]
     lines = [r._asdict() for r in rejected]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

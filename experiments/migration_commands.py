@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from experiments import migration_fields
 from experiments.migration_fields import DTYPES, Line, refuse, same
-from lumina_fn import imported, mindspeed
+from lumina_fn.features import foreign
+from lumina_fn.formats import mindspeed
 
 PROMPT = "a lighthouse at dusk"
 _ADDRESS = re.compile("[A-Za-z0-9][A-Za-z0-9.:_-]*")
@@ -48,7 +49,7 @@ def make(
         lines.append(
             Line("pretrain.sh", "--load", load, "note", "a run's own checkpoint: weights only, steps count from 0")
         )
-    have = bool(theirs.is_dir() and imported.indexes(theirs))
+    have = bool(theirs.is_dir() and foreign.indexes(theirs))
     if not have and str(theirs) != extracted:
         refuse(lines, "feature_data.json", basic, theirs, f"tools.json has features written to {extracted}, and there are none here: name one folder in both")  # fmt: skip
     features = _fresh(str(theirs))
@@ -88,7 +89,7 @@ def _fresh(place: str) -> str:
     """The place itself, or one beside it where it holds what MindSpeed-MM wrote."""
     folder = Path(place)
     used = folder.is_dir() and (
-        imported.indexes(folder) or any(folder.glob("iter_*")) or (folder / mindspeed.ITERATION).exists()
+        foreign.indexes(folder) or any(folder.glob("iter_*")) or (folder / mindspeed.ITERATION).exists()
     )
     return f"{place}-lumina" if used else place
 

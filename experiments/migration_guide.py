@@ -10,8 +10,9 @@ from experiments import ascend_env, migration_commands, migration_fields, migrat
 from experiments.migration_commands import Command
 from experiments.migration_fields import Line, refuse
 from experiments.migration_shell import Script
-from lumina_fn import dataset, imported, sources
+from lumina_fn import sources
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, foreign
 
 EXAMPLE = "examples/lumina/mgpt2"
 _KEPT = (
@@ -106,7 +107,7 @@ def _places(folder: Path) -> tuple[Path, Path]:
             return root, base
     raise InputError(
         f"{folder} holds neither the guide's files ({EXAMPLE}/pretrain.sh or pretrain.sh) nor extracted features "
-        f"({', '.join(imported.INDEXES)}); give a MindSpeed-MM checkout or a folder of features"
+        f"({', '.join(foreign.INDEXES)}); give a MindSpeed-MM checkout or a folder of features"
     )
 
 

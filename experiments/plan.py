@@ -18,11 +18,14 @@ from experiments import devices, plan_report, roofline, settings
 from experiments.devices import CPU, DEVICES, Device
 from experiments.finetune_settings import REMAT_FROM
 from experiments.plan_report import MOST, USABLE, Plan
-from lumina_fn import batches, cost, errors, footprint, hf_config, sources, vocab
+from lumina_fn import errors, sources, vocab
 from lumina_fn.config import LUMINA_7B, ModelConfig
-from lumina_fn.cost import Setup
+from lumina_fn.costs import cost, footprint
+from lumina_fn.costs.cost import Setup
 from lumina_fn.errors import InputError
-from lumina_fn.hf_config import LARGEST
+from lumina_fn.features import batches
+from lumina_fn.formats import hf_config
+from lumina_fn.formats.hf_config import LARGEST
 
 PICTURE = vocab.image_length(96, 96)  # of 768 x 768 pixels
 CAPTION = 184  # tokens of a long one, and of what stands around it

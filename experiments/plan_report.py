@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from experiments.devices import BANDWIDTH, CPU, Device
-from lumina_fn import cost, footprint
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
+from lumina_fn.costs import cost, footprint
+from lumina_fn.costs.cost import Setup
 
 GB, MB = 1e9, 1e6
 USABLE = 0.9  # of a device's memory: the rest is for the runtime, its communication buffers and fragmentation

@@ -30,14 +30,15 @@ from experiments.claims import Shard
 from experiments.distributed import ALONE, World
 from experiments.encoding import Encode, Prepared, Tally, encode_shards
 from experiments.settings import POSITIONAL, EnvCheck
-from lumina_fn import checkpoint, data, dataset, errors, images, prompt, shards, vq
+from lumina_fn import checkpoint, data, errors, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, shards
 from lumina_fn.features.parts import digest
+from lumina_fn.features.shards import MANIFEST, QUARANTINE, Feature, Origin, Rejected
+from lumina_fn.process.ranges import SEED, Range
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.ranges import SEED, Range
-from lumina_fn.shards import MANIFEST, QUARANTINE, Feature, Origin, Rejected
 from lumina_fn.vocab import PIXELS_PER_CODE
 
 SIZE_TEXT_PROBABILITY = 0.9  # of a prompt that says the picture's size

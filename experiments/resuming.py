@@ -16,13 +16,15 @@ import torch
 from experiments import feature_folders
 from experiments.distributed import World
 from experiments.run_folder import METRICS
-from lumina_fn import manifest, saved_state, shards, train
+from lumina_fn import train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
-from lumina_fn.manifest import CHECKPOINTS
-from lumina_fn.saved_state import Saving
+from lumina_fn.features import shards
 from lumina_fn.sharding import Mesh
+from lumina_fn.state import manifest, saved_state
+from lumina_fn.state.manifest import CHECKPOINTS
+from lumina_fn.state.saved_state import Saving
 from lumina_fn.train import TrainState
 
 # Flags that decide what is computed, whatever computes it: strategy, remat and the like may change from one part of a run to the next.

@@ -6,9 +6,9 @@ from dataclasses import replace
 from experiments import devices
 from experiments.devices import Device
 from experiments.plan_report import GB, USABLE, aligned
-from lumina_fn import cost, footprint
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
+from lumina_fn.costs import cost, footprint
+from lumina_fn.costs.cost import Setup
 
 STRATEGIES = ("fsdp", "sdp", "hybrid", "hybrid_zero2")
 MICRO_BATCHES = (1, 2, 4, 8)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lumina_fn import manifest
 from lumina_fn.disk import files, locks, marks, places, reading
 from lumina_fn.errors import InputError
-from lumina_fn.manifest import CHECKPOINTS, ORIGIN
+from lumina_fn.state import manifest
+from lumina_fn.state.manifest import CHECKPOINTS, ORIGIN
 
 KIND = "run"
 METRICS, MODEL, LAST_GOOD, PROFILE = "metrics.jsonl", "model", "last_good", "profile"

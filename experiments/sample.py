@@ -25,8 +25,8 @@ from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
+from lumina_fn.process.ranges import SEED, Range
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.ranges import SEED, Range
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids
 
 MOST_CODES = 1 << 30  # 8 GB of them are held until the pictures are written: 116,000 pictures of 768 px

@@ -24,7 +24,7 @@ from typing import (
 from experiments import ascend_env
 from lumina_fn import errors
 from lumina_fn.errors import InputError
-from lumina_fn.ranges import Range
+from lumina_fn.process.ranges import Range
 
 if TYPE_CHECKING:  # it takes seconds to load, and is loaded where a device is asked for
     import torch

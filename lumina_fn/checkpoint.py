@@ -15,14 +15,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import model, names, sharding, sources, tensor_files, vq
+from lumina_fn import model, sharding, sources, vq
 from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
-from lumina_fn.manifest import steps, verify
-from lumina_fn.saved_state import Stored, restore, save
+from lumina_fn.formats import names, tensor_files
+from lumina_fn.formats.tensor_files import Later, Source
 from lumina_fn.sharding import Mesh, Sharded
-from lumina_fn.tensor_files import Later, Source
+from lumina_fn.state.manifest import steps, verify
+from lumina_fn.state.saved_state import Stored, restore, save
 
 __all__ = [
     "load_model", "load_parts", "load_vq", "read_config", "renew_from_checkpoint", "renew_model", "restore", "save", "save_heritage", "save_model", "save_vq", "steps",

@@ -14,10 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lumina_fn import checkpoint, errors, hf_config, mindspeed, names, sources, tensor_files, torch_zip
+from lumina_fn import checkpoint, errors, sources
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
+from lumina_fn.formats import hf_config, mindspeed, names, tensor_files, torch_zip
 
 Report = Callable[[int], None]  # is told the bytes written
 Write = Callable[[Path, sources.Source, Report], None]

@@ -13,12 +13,13 @@ import torch
 import torch.utils._pytree as pytree
 from jaxtyping import Int, Integer
 
-from lumina_fn import prompt, shards
+from lumina_fn import prompt
 from lumina_fn.errors import InputError
+from lumina_fn.features import shards
 from lumina_fn.features.parts import Parts, whole
+from lumina_fn.features.shards import Feature
 from lumina_fn.loss import Batch
 from lumina_fn.prompt import Tokenizer
-from lumina_fn.shards import Feature
 from lumina_fn.vocab import IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
 
 _PARTS = ("text", "codes")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import NoReturn, TextIO
 
-from lumina_fn import refusal, starting
+from lumina_fn.process import out_of_memory, startup
 
 LONGEST = 4000  # characters of an error's line: it may quote a stranger's file
 
@@ -44,8 +44,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
 
     Where standard output is closed (`| head`) the command ends as if it were done; where it cannot be written, with 1 and a line.
     """
-    if signal.getsignal(signal.SIGINT) in (starting.end_at_once, signal.default_int_handler):
-        signal.signal(signal.SIGINT, starting.interrupt)
+    if signal.getsignal(signal.SIGINT) in (startup.end_at_once, signal.default_int_handler):
+        signal.signal(signal.SIGINT, startup.interrupt)
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None and stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _watched(stream))
@@ -62,7 +62,7 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
             sys.stdout.flush()
         return code
     except InputError as error:
-        refused = refusal.line(error)  # of which something was made: a file that was not to blame is named, say
+        refused = out_of_memory.line(error)  # of which something was made: a file that was not to blame is named, say
         tell(f"error: {printable((refused or str(error))[:LONGEST])}")
         return 1 if refused else 2
     except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
         if _interrupted(error):
             tell("stopped")
             return 130
-        if refused := refusal.line(error):
+        if refused := out_of_memory.line(error):
             tell(f"error: {printable(refused)}")
             return 1
         lost = _lost_output() if isinstance(error, OSError) else None

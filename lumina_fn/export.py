@@ -24,8 +24,8 @@ from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
+from lumina_fn.process.ranges import CLIP, WEIGHT_DECAY, Z_WEIGHT, Range
 from lumina_fn.programs import CPU, NPU, Exported, Function, decoding, export, forward, step
-from lumina_fn.ranges import CLIP, WEIGHT_DECAY, Z_WEIGHT, Range
 from lumina_fn.sharding import Mesh
 
 REPORT = "report.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import tokenizers
 
-from lumina_fn import tokenizer_trial
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
+from lumina_fn.process import tokenizer_trial
 from lumina_fn.vocab import (
     END_TEXT,
     LUMINA_CODE0,

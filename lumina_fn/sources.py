@@ -6,23 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from lumina_fn import (
-    hf_config,
-    manifest,
-    mindspeed,
-    model,
-    names,
-    prompt,
-    saved_state,
-    torch_zip,
-    vq,
-    vq_config,
-)
+from lumina_fn import model, prompt, vq
 from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
-from lumina_fn.disk import within
-from lumina_fn.disk.within import read_json
+from lumina_fn.disk import untrusted_folder
+from lumina_fn.disk.untrusted_folder import read_json
 from lumina_fn.errors import InputError, listed, printable
-from lumina_fn.tensor_files import INDEX, Later, Stored, safetensors_header
+from lumina_fn.formats import hf_config, mindspeed, names, torch_zip, vq_config
+from lumina_fn.formats.tensor_files import INDEX, Later, Stored, safetensors_header
+from lumina_fn.state import manifest, saved_state
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
 FORMAT = "lumina_fn/1"
@@ -73,7 +64,7 @@ def unmasked(config: dict | None, cfg: ModelConfig) -> dict | None:
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    return {name: within.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
+    return {name: untrusted_folder.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
 
 
 def _open(path: Path, norm: Stored | Later | None) -> Source:
@@ -97,7 +88,7 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
         return source._replace(remarks=source.remarks + theirs.remarks)
     checkpoints = sorted(path.glob("*.ckpt"))
     if len(checkpoints) == 1:
-        return _open_ckpt(within.file(path, checkpoints[0].name))
+        return _open_ckpt(untrusted_folder.file(path, checkpoints[0].name))
     found = (
         f"{len(checkpoints)} of these"
         if checkpoints
@@ -220,7 +211,7 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
         shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
         where = None
     else:
-        where = read_json(within.file(folder, INDEX)).get("weight_map")
+        where = read_json(untrusted_folder.file(folder, INDEX)).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise InputError(f"{folder / INDEX} has no weight_map of tensor and file names")
         shards = sorted(set(where.values()))
@@ -228,7 +219,7 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
             raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them"))
     found: dict[str, Stored] = {}
     for shard in shards:
-        header = safetensors_header(within.file(folder, shard))
+        header = safetensors_header(untrusted_folder.file(folder, shard))
         if where is not None:
             header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
         if twice := sorted(found.keys() & header.keys()):

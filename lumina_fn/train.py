@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
+from lumina_fn.gradient_noise import noise_and_signal, piece, square
+from lumina_fn.gradients import block_pair, seams, walk
 from lumina_fn.loss import Batch, Packed, loss, predicted
 from lumina_fn.model import Params, over_units
-from lumina_fn.noise import noise_and_signal, piece, square
 from lumina_fn.optim import AdamW
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.transform import inductor, jit
-from lumina_fn.walk import block_pair, seams, walk
 from ops import collectives
 
 __all__ = [
@@ -73,7 +73,7 @@ def make_train_step(
              again, since autograd would keep them
     donate   the given state is written over
     sync     reduce gradients over ranks after each micro batch; False: once a step, with a whole model's gradients held
-    noise    metrics "noise" and "signal" of the gradients, from micro batches on all ranks: see lumina_fn.noise
+    noise    metrics "noise" and "signal" of the gradients, from micro batches on all ranks: see lumina_fn.gradient_noise
 
     A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
     """

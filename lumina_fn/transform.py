@@ -61,7 +61,7 @@ Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]  # a flat gr
 
 def inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     """The graph as machine code. It is flat already: Dynamo would only guard hundreds of parameters again."""
-    from lumina_fn import compile_cache
+    from lumina_fn.disk import compile_cache
 
     with torch.no_grad():
         return compile_cache.compiled(graph, examples)

@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as real
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lumina_fn import convert, names, sources, tensor_files
+from lumina_fn import convert, sources
 from lumina_fn.errors import InputError
+from lumina_fn.formats import names, tensor_files
 from tests.folders import SMALL
 
 OPTIMIZER = {"state": {"exp_avg": torch.zeros(40, 16), "step": 3}, "param_groups": [{"lr": 2e-5}]}

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from lumina_fn import model, sharding, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
+from lumina_fn.costs.cost import Setup
 
 TINY = ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, hidden=48)
 STRATEGIES = [

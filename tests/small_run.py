@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lumina_fn import checkpoint, data, model, prompt, shards
+from lumina_fn import checkpoint, data, model, prompt
 from lumina_fn.config import ModelConfig
+from lumina_fn.features import shards
 from lumina_fn.vocab import Ids
 from tests import folders
 

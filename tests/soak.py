@@ -24,8 +24,9 @@ import psutil
 import torch
 import torch.utils._pytree as pytree
 
-from lumina_fn import checkpoint, manifest, model
+from lumina_fn import checkpoint, model
 from lumina_fn.config import ModelConfig
+from lumina_fn.state import manifest
 from tests import folders
 from tests.small_run import CODES, write_features
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina_fn import batches, data, loss, model, rows, shards
+from lumina_fn import data, loss, model
 from lumina_fn.config import ModelConfig
-from lumina_fn.mixing import Mixture
+from lumina_fn.features import batches, rows, shards
+from lumina_fn.features.mixing import Mixture
 from lumina_fn.vocab import IGNORE, Ids, image_tokens
 
 N, BATCH, MICRO = 11, 4, 2  # the last of an epoch's three batches has three items

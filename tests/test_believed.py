@@ -14,8 +14,10 @@ from experiments import checks, settings
 from experiments.demo.tasks import LM, VQ
 from experiments.finetune_settings import Settings
 from experiments.sample import Settings as SampleSettings
-from lumina_fn import checkpoint, data, shards, tensor_files, train
+from lumina_fn import checkpoint, data, train
 from lumina_fn.errors import InputError
+from lumina_fn.features import shards
+from lumina_fn.formats import tensor_files
 from lumina_fn.vocab import Ids
 from tests.small_run import CODES
 

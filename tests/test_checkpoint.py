@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lumina_fn import checkpoint, hf_config, model, names, tensor_files, vq
+from lumina_fn import checkpoint, model, vq
 from lumina_fn.config import LUMINA_7B, MOVQGAN_67M, MOVQGAN_102M, MOVQGAN_270M, ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.formats import hf_config, names, tensor_files
 from lumina_fn.vocab import Ids
 from tests import folders
 from tests.folders import SMALL, TOKENIZER, golden, identical, parameters, small_state, write_hf, write_mindspeed

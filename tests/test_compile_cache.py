@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumina_fn import compile_cache, starting
-from lumina_fn.disk import locks
+from lumina_fn.disk import compile_cache, locks
 from lumina_fn.errors import InputError
+from lumina_fn.process import startup
 from lumina_fn.transform import inductor, jit
 
 CODE = """
@@ -75,7 +75,7 @@ def test_a_place_that_is_a_file_keeps_nothing_and_stops_nothing(cache):
 
 
 def test_the_folder_that_pytorch_would_make_is_known():
-    assert starting._default_cache() == compile_cache.default_cache_dir()
+    assert startup._default_cache() == compile_cache.default_cache_dir()
 
 
 def test_a_library_is_whole_or_cut():

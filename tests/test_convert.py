@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina_fn import checkpoint, convert, safe_pickle
+from lumina_fn import checkpoint, convert
 from lumina_fn.errors import InputError
+from lumina_fn.formats import safe_pickle
 from tests.folders import (
     SMALL,
     TOKENIZER,

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import devices, processes
-from lumina_fn import cost, footprint
 from lumina_fn.config import LUMINA_7B
-from lumina_fn.cost import Setup
+from lumina_fn.costs import cost, footprint
+from lumina_fn.costs.cost import Setup
 from tests.planned_steps import STRATEGIES, TINY, step_of
 
 SLOW = pytest.mark.slow

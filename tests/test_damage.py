@@ -16,10 +16,11 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 
 from experiments import processes, resuming
-from lumina_fn import checkpoint, errors, manifest, model, saved_state, sharding
+from lumina_fn import checkpoint, errors, model, sharding
 from lumina_fn.disk import marks
 from lumina_fn.errors import InputError
-from lumina_fn.manifest import Damaged
+from lumina_fn.state import manifest, saved_state
+from lumina_fn.state.manifest import Damaged
 from tests.resumed_runs import RUN, TINY, assert_same_bits, cut, finetune, random_state, written_inputs  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -214,7 +215,7 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
         checkpoint.save(folder, 1, state, {})
     assert not folder.exists()
     # What was free when it began is taken by somebody else meanwhile.
-    monkeypatch.setattr("lumina_fn.saved_state.ROOM", -(1 << 40))
+    monkeypatch.setattr("lumina_fn.state.saved_state.ROOM", -(1 << 40))
     checkpoint.save(folder, 1, state, {}).wait()
     (folder.parent / "other").write_bytes(bytes(shutil.disk_usage(folder).free - 8192))
     with pytest.raises(InputError, match=r"cannot write checkpoint 2 .*no space left; the last one there is 1"):
@@ -248,7 +249,7 @@ def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, firs
 
 def test_a_disk_that_may_not_be_written_is_said(mounted, monkeypatch):
     folder = mounted("size=1m") / "checkpoints"
-    monkeypatch.setattr("lumina_fn.saved_state.ROOM", 0)
+    monkeypatch.setattr("lumina_fn.state.saved_state.ROOM", 0)
     checkpoint.save(folder, 1, random_state(), {}).wait()
     (folder / ".9.tmp").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lumina_fn import data, prompt, shards
+from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
+from lumina_fn.features import shards
 from lumina_fn.vocab import IGNORE, PAD
 
 TOKENIZER = prompt.load_tokenizer(Path(__file__).parent / "goldens" / "tokens" / "toy_tokenizer_bpe")

@@ -16,7 +16,8 @@ from experiments import dataset as command
 from experiments import dataset_duplicates, dataset_report, pretokenize
 from experiments.dataset_duplicates import Fingerprint, fingerprint, near
 from experiments.demo import shapes
-from lumina_fn import checkpoint, data, errors, prompt, shards
+from lumina_fn import checkpoint, data, errors, prompt
+from lumina_fn.features import shards
 from tests.project_copy import ROOT
 
 MODEL, VQ = ROOT / "experiments/demo/assets/lm", ROOT / "experiments/demo/assets/vq"

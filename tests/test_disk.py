@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lumina_fn import manifest
 from lumina_fn.disk import files, locks, marks, places, reading
 from lumina_fn.errors import InputError
+from lumina_fn.state import manifest
 
 ROOT = Path(__file__).parents[1]
 KIND = "result"
@@ -318,14 +318,14 @@ DISK = re.compile(
 )
 ALLOWED = {
     "lumina_fn/disk": "the room itself",
-    "lumina_fn/torch_zip.py": "reads on in a file that `reading` opened; writes into a new folder",
+    "lumina_fn/formats/torch_zip.py": "reads on in a file that `reading` opened; writes into a new folder",
     "lumina_fn/images.py": "Pillow, over a file that `reading` opened",
-    "lumina_fn/tensor_files.py": "writes into a new folder",
-    "lumina_fn/manifest.py": "checkpoints of a run, aside and away, after their marks were read",
-    "lumina_fn/imported.py": "a zip in bytes that `reading` read",
+    "lumina_fn/formats/tensor_files.py": "writes into a new folder",
+    "lumina_fn/state/manifest.py": "checkpoints of a run, aside and away, after their marks were read",
+    "lumina_fn/features/foreign.py": "a zip in bytes that `reading` read",
     "lumina_fn/programs.py": "the package's own lists",
     "lumina_fn/errors.py": "/dev/null",
-    "lumina_fn/compile_cache.py": "Inductor's own files in its cache, by their names",
+    "lumina_fn/disk/compile_cache.py": "Inductor's own files in its cache, by their names",
     "kernels": "its own lists, and the table that it writes",
     "experiments/demo": "its own assets and runs/demo",
     "experiments/launching": "this launch's private folder",

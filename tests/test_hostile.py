@@ -17,23 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import pretokenize
-from lumina_fn import (
-    checkpoint,
-    data,
-    dataset,
-    hf_config,
-    images,
-    model,
-    plain_pickle,
-    prompt,
-    safe_pickle,
-    shards,
-    sources,
-    tensor_files,
-    vq_config,
-)
+from lumina_fn import checkpoint, data, images, model, prompt, sources
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, shards
+from lumina_fn.formats import hf_config, plain_pickle, safe_pickle, tensor_files, vq_config
 from tests import folders
 from tests.fuzz import feature_formats, formats, law, mutate, pictures, playground, tokenizers_small
 from tests.project_copy import ROOT

@@ -16,7 +16,7 @@ MAINS = {
     Path("lumina_fn/convert.py"),
     Path("lumina_fn/export.py"),
     Path("lumina_fn/errors.py"),
-    Path("lumina_fn/starting.py"),
+    Path("lumina_fn/process/startup.py"),
     Path("kernels/bench.py"),
     Path("kernels/vendored/generate.py"),
 }

@@ -10,8 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from experiments import migrate
-from lumina_fn import data, shards
+from lumina_fn import data
 from lumina_fn.errors import InputError
+from lumina_fn.features import shards
 from tests.extracted_features import TOKENIZER, write_alpha, write_mindspeed
 from tests.folders import TOKENIZER as MODEL
 

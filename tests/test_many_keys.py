@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lumina_fn import mindspeed, names, sources
+from lumina_fn import sources
 from lumina_fn.errors import InputError, listed
+from lumina_fn.formats import mindspeed, names
 from tests import folders
 
 

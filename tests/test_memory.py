@@ -16,11 +16,15 @@ import torch
 from experiments import distributed, finetune, finetuning, memory, settings
 from experiments.distributed import ALONE, World
 from experiments.finetune_settings import Settings
-from lumina_fn import checkpoint, data, errors, footprint, manifest, prompt, refusal, shards
-from lumina_fn.cost import Setup
+from lumina_fn import checkpoint, data, errors, prompt
+from lumina_fn.costs import footprint
+from lumina_fn.costs.cost import Setup
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
-from lumina_fn.refusal import OutOfMemory
+from lumina_fn.features import shards
+from lumina_fn.process import out_of_memory
+from lumina_fn.process.out_of_memory import OutOfMemory
+from lumina_fn.state import manifest
 
 ROOT = Path(__file__).parents[1]
 LM = ROOT / "experiments/demo/assets/lm"
@@ -59,15 +63,15 @@ OTHERS = [
 
 @pytest.mark.parametrize(("error", "words"), REFUSED, ids=lambda x: type(x).__name__)
 def test_a_refusal_is_recognised(error, words):
-    assert refusal.told(error).startswith(words)
-    assert bool(words) == bool(refusal.told(error))
-    assert refusal.line(error).startswith("out of memory")
+    assert out_of_memory.told(error).startswith(words)
+    assert bool(words) == bool(out_of_memory.told(error))
+    assert out_of_memory.line(error).startswith("out of memory")
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda x: type(x).__name__)
 def test_another_error_is_none(error):
-    assert refusal.told(error) is None
-    assert refusal.line(error) is None
+    assert out_of_memory.told(error) is None
+    assert out_of_memory.line(error) is None
 
 
 def test_what_was_made_of_a_refusal_is_one():
@@ -80,12 +84,12 @@ def test_what_was_made_of_a_refusal_is_one():
         except type(between) as error:
             return error
 
-    assert refusal.told(fail(InputError("m.safetensors cannot be read"), True)) == ""
-    assert refusal.told(fail(KeyError("x"), False)) == ""
+    assert out_of_memory.told(fail(InputError("m.safetensors cannot be read"), True)) == ""
+    assert out_of_memory.told(fail(KeyError("x"), False)) == ""
     circle = KeyError("a")
     circle.__cause__ = KeyError("b")
     circle.__cause__.__context__ = circle
-    assert refusal.told(circle) is None
+    assert out_of_memory.told(circle) is None
 
 
 @pytest.mark.parametrize("error", [MemoryError(), InputError("a file cannot be read"), OutOfMemory("out of memory: x")])
@@ -222,7 +226,7 @@ def test_a_run_that_is_refused_memory_ends_with_a_line_and_goes_on_from_its_chec
     assert finetune.main(argv(features, out, "--steps", 1, "--micro-batch", 8)) == 0
     ended = limited(*argv(features, out, "--steps", 2, "--micro-batch", MANY))
     assert ended.returncode == 1, ended.stderr
-    takes = refusal.size(room(features, out, "--micro-batch", MANY).needed)
+    takes = out_of_memory.size(room(features, out, "--micro-batch", MANY).needed)
     note, on, line = ended.stderr.splitlines()
     assert note.startswith(f"note: a step is predicted to need {takes} (plan), ")
     assert " are free: lower --micro-ba" in note

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lumina_fn import checkpoint, convert, mindspeed, sources
+from lumina_fn import checkpoint, convert, sources
 from lumina_fn.errors import InputError
+from lumina_fn.formats import mindspeed
 from tests.folders import SMALL, identical, small_state, write_hf
 from tests.mindspeed_runs import BESIDE, RNG, native, refused, rewritten, save, tracked
 

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lumina_fn import convert, names, safe_pickle, sources, tensor_files
+from lumina_fn import convert, sources
 from lumina_fn.errors import InputError
+from lumina_fn.formats import names, safe_pickle, tensor_files
 from tests.folders import SMALL, identical, small_state
 from tests.mindspeed_runs import Change, native, refused, rewritten, save
 

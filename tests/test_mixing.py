@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina_fn import data, mixing, shards
-from lumina_fn.mixing import Mixture
+from lumina_fn import data
+from lumina_fn.features import mixing, shards
+from lumina_fn.features.mixing import Mixture
 from lumina_fn.vocab import Ids
 
 IDS = Ids(start=1, end=2, newline=3, sep=4, size0=5, code0=40, codes=16)

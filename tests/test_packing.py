@@ -7,10 +7,11 @@ import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina_fn import batches, data, model, shards, train
+from lumina_fn import data, model, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.mixing import Mixture
-from lumina_fn.packing import first_fit_decreasing
+from lumina_fn.features import batches, shards
+from lumina_fn.features.mixing import Mixture
+from lumina_fn.features.packing import first_fit_decreasing
 from lumina_fn.vocab import IGNORE, Ids
 
 IDS = Ids(start=1, end=2, newline=3, sep=4, size0=5, code0=40, codes=16)

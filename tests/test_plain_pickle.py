@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lumina_fn import imported, plain_pickle
 from lumina_fn.errors import InputError
+from lumina_fn.features import foreign
+from lumina_fn.formats import plain_pickle
 
 
 class Runs:
@@ -55,7 +56,7 @@ def test_a_hostile_pickle_is_refused_by_what_it_asks_for(tmp_path, monkeypatch, 
     path = tmp_path / f"x{suffix}"
     path.write_bytes(torch_file(content) if suffix == ".pt" else content)
     with pytest.raises(InputError, match=word):
-        imported.item(path, imported.Record("x", None, None))
+        foreign.item(path, foreign.Record("x", None, None))
     assert not (tmp_path / "hit").exists()
 
 
@@ -66,7 +67,7 @@ def test_a_hostile_pickle_is_refused_by_what_it_asks_for(tmp_path, monkeypatch, 
 def test_a_file_that_is_no_torch_file_is_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
-        imported.item(tmp_path / "x.pt", imported.Record("x", None, None))
+        foreign.item(tmp_path / "x.pt", foreign.Record("x", None, None))
 
 
 @hypothesis_settings(max_examples=200, deadline=None)

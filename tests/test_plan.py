@@ -16,10 +16,11 @@ import torch.utils._pytree as pytree
 import ops
 from experiments import processes
 from kernels import reference
-from lumina_fn import cost, footprint, live, model, sharding, transform, walk
+from lumina_fn import gradients, model, sharding, transform
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
-from lumina_fn.live import Live
+from lumina_fn.costs import cost, footprint, live_bytes
+from lumina_fn.costs.cost import Setup
+from lumina_fn.costs.live_bytes import Live
 from ops import collectives
 from tests.planned_steps import STRATEGIES, TINY, step_of
 
@@ -71,7 +72,7 @@ def resident(rank: int, size: int, cfg: ModelConfig, setup: Setup) -> int:
     step, state, batch = step_of(rank, size, TINY, replace(setup, compiled=False))
     step(state, batch)
     if setup.compiled:
-        pair = walk.block_pair(cfg, compiled=True, keep_inputs=setup.keeps_inputs)
+        pair = gradients.block_pair(cfg, compiled=True, keep_inputs=setup.keeps_inputs)
         x, angles = torch.randn(setup.micro_batch, setup.tokens, cfg.width), model.rope(torch.arange(setup.tokens), cfg)
         leaves = pytree.tree_leaves(model.init(replace(cfg, layers=1, vocab=1)).blocks[0])
         y, residuals = pair.forward(x, angles, *leaves)
@@ -136,7 +137,7 @@ def test_the_predicted_peak_is_within_15_percent_of_what_a_process_takes(case, d
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=SLOW)])
 def test_a_block_keeps_what_the_real_pair_keeps(compiled, remat, swin_norm):
     cfg = replace(TINY, swin_norm=swin_norm)
-    pair = walk.block_pair(cfg, compiled=compiled, keep_inputs=remat)
+    pair = gradients.block_pair(cfg, compiled=compiled, keep_inputs=remat)
     x, angles = torch.randn(2, 96, cfg.width), model.rope(torch.arange(96), cfg)
     arguments = (x, angles, *pytree.tree_leaves(model.init(cfg).blocks[0]))
     if compiled:
@@ -166,7 +167,7 @@ def test_more_layers_than_are_walked():
 def test_a_compiler_writes_what_others_than_elementwise_nodes_read():
     def peak(fn, *args):
         graph = transform.make_fx(fn, tracing_mode="fake")(*args)
-        return live.fused_peak(graph), live.outputs(graph)
+        return live_bytes.fused_peak(graph), live_bytes.outputs(graph)
 
     x, w = torch.ones(8, 16), torch.ones(16, 4)
     assert peak(lambda x: (x + 1) * 2, x) == (x.nbytes, x.nbytes)

@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 import torch
 
-from lumina_fn import prefetch
+from lumina_fn.features import prefetch
 from lumina_fn.loss import Batch
 
 

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from lumina_fn import checkpoint, data, dataset, prompt, vq
+from lumina_fn import checkpoint, data, prompt, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.features import dataset
 from tests.pretokenizing import GOLDENS, TOKENIZER, calling, drawing, quarantine, row, small_vq_folder  # noqa: F401
 
 

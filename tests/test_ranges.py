@@ -11,7 +11,7 @@ from experiments import settings
 from experiments.finetune_settings import Settings
 from lumina_fn import export
 from lumina_fn.errors import InputError
-from lumina_fn.ranges import Range
+from lumina_fn.process.ranges import Range
 
 # Not plan: it checks its own numbers.
 COMMANDS = ("finetune_settings", "pretokenize", "sample", "dataset", "dataset_verify", "migrate")

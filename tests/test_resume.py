@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from experiments import resuming, stopping
 from experiments.stopping import Stop
-from lumina_fn import checkpoint, manifest
+from lumina_fn import checkpoint
+from lumina_fn.state import manifest
 from tests.resumed_runs import ROOT, RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
 from tests.test_launch import launch, rows, torchrun, until  # noqa: F401
 

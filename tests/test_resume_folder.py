@@ -13,8 +13,9 @@ import torch.distributed as dist
 from experiments import finetune as command
 from experiments import finetuning, resuming, run_folder
 from experiments.distributed import World
-from lumina_fn import checkpoint, convert, manifest, model, saved_state
+from lumina_fn import checkpoint, convert, model
 from lumina_fn.errors import InputError
+from lumina_fn.state import manifest, saved_state
 from tests.resumed_runs import ROOT, RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
 from tests.small_run import write_features
 from tests.test_launch import rows

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lumina_fn import decode, model, names, sample, transform
+from lumina_fn import decode, model, sample, transform
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.formats import names
 from lumina_fn.vocab import Ids, image_codes, image_length, image_tokens
 
 GOLDENS = Path(__file__).parent / "goldens" / "sampling"

@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 
 from experiments import processes
-from lumina_fn import checkpoint, convert, manifest, model, sharding, train
+from lumina_fn import checkpoint, convert, model, sharding, train
 from lumina_fn.disk import files
+from lumina_fn.state import manifest
 from tests.resumed_runs import OPT, TINY, assert_same_bits, cut, random_state
 
 SLOW = pytest.mark.slow

@@ -10,8 +10,9 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import processes
-from lumina_fn import checkpoint, convert, loss, model, noise, optim, sharding, tensor_files, train
+from lumina_fn import checkpoint, convert, gradient_noise, loss, model, optim, sharding, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.formats import tensor_files
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
 OPT = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
@@ -34,13 +35,14 @@ def oracle(size: int):
     for tokens, labels in batches(size):
         shards = train.Batch(tokens.flatten(0, 1), labels.flatten(0, 1))
         count = loss.predicted(labels, TINY)
-        each, total = noise.shard_gradients(state.params, shards, TINY, count=count)
+        each, total = gradient_noise.shard_gradients(state.params, shards, TINY, count=count)
         grads = pytree.tree_map(lambda g: g.sum(0), each)
         norm = optim.global_norm(grads)
         shares = torch.stack([loss.predicted(x, TINY) for x in shards.labels]) / count
-        squares = torch.stack([noise.square(pytree.tree_map(lambda g: g[i], each)) for i in range(len(shares))])  # noqa: B023
+        of = lambda i: pytree.tree_map(lambda g: g[i], each)  # noqa: B023
+        squares = torch.stack([gradient_noise.square(of(i)) for i in range(len(shares))])
         some = shares > 0
-        both = noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum().double(), norm.square())
+        both = gradient_noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum().double(), norm.square())
         metrics.append([float(total.sum()), float(norm), *map(float, both)])
         new = optim.update(
             OPT, state.step + 1, torch.tensor(OPT.lr, dtype=torch.float64), norm, torch.tensor(False), state.params, grads,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.demo.tasks import LM
-from lumina_fn import prompt, tokenizer_trial
+from lumina_fn import prompt
 from lumina_fn.errors import InputError
+from lumina_fn.process import tokenizer_trial
 
 GOOD = json.loads((LM / "tokenizer.json").read_text())
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumina_fn import checkpoint, names
+from lumina_fn import checkpoint
 from lumina_fn.config import ModelConfig
+from lumina_fn.formats import names
 from lumina_fn.model import Params
 from tests import folders
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from experiments import LAUNCHER
 from experiments.launching import guard, place
 from experiments.launching.place import Place
-from lumina_fn import errors, starting
+from lumina_fn import errors
 from lumina_fn.errors import InputError
+from lumina_fn.process import startup
 
 
 class Guard:
@@ -71,7 +72,7 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
         return main(argv)
     # Where a rank may be stopped while PyTorch is imported, its guard is there already.
     own = Guard(here)
-    with starting.importing():
+    with startup.importing():
         from experiments import distributed
 
     return distributed.run_rank(main, here, own)

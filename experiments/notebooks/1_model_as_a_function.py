@@ -22,8 +22,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch.func import grad, jacrev, vmap
 
-from lumina_fn import model, names, train
+from lumina_fn import model, train
 from lumina_fn.config import LUMINA_7B, ModelConfig
+from lumina_fn.formats import names
 
 cfg = ModelConfig(vocab=384, width=64, layers=2, heads=4, kv_heads=2, hidden=160, max_positions=64)
 params = model.init(cfg, seed=0)

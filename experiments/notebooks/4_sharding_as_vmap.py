@@ -27,7 +27,7 @@ import torch.utils._pytree as pytree
 from torch.func import grad
 
 from experiments import processes, sharded_step
-from lumina_fn import loss, model, noise, sharding, train
+from lumina_fn import gradient_noise, loss, model, sharding, train
 from lumina_fn.config import ModelConfig
 
 cfg = ModelConfig(vocab=384, width=64, layers=2, heads=4, kv_heads=2, hidden=160, max_positions=64)
@@ -46,7 +46,7 @@ size_of = lambda tree: sum(leaf.numel() for leaf in pytree.tree_leaves(tree))
 
 # %%
 count = loss.predicted(shards.labels, cfg)
-each, losses = noise.shard_gradients(params, shards, cfg, count=count)  # vmap(grad) over the first axis
+each, losses = gradient_noise.shard_gradients(params, shards, cfg, count=count)  # vmap(grad) over the first axis
 whole = grad(lambda p: train.loss(p, train.Batch(*(x.flatten(0, 1) for x in shards)), cfg)[0])(params)
 difference = max(
     (g.sum(0) - w).abs().max().item() for g, w in zip(*map(pytree.tree_leaves, (each, whole)), strict=True)
@@ -133,5 +133,5 @@ plt.show()
 # The norms of single samples come from the same vmap. A picture whose norm stands out is worth a look: a wrong caption, perhaps.
 
 # %%
-norms = noise.sample_norms(learner.params, train.Batch(text.flatten(0, 1), text.flatten(0, 1)), cfg)
+norms = gradient_noise.sample_norms(learner.params, train.Batch(text.flatten(0, 1), text.flatten(0, 1)), cfg)
 print("gradient norms of 8 samples:", [round(n, 2) for n in norms.tolist()])

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
-from lumina_fn.tensor_files import Stored, safetensors_file
+from lumina_fn.formats.tensor_files import Stored, safetensors_file
 
 EXPECTED = "a feature set of experiments.pretokenize, whole"
 Identity = tuple[int, ...]

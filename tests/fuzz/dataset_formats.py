@@ -5,8 +5,9 @@ import json
 from PIL import Image
 
 from experiments import pretokenize
-from lumina_fn import data, dataset, prompt, shards
+from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, shards
 from tests import folders
 from tests.fuzz import pictures, tokenizers_small
 from tests.fuzz.law import CANARY

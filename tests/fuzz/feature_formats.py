@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lumina_fn import data, imported, prompt, shards
+from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
+from lumina_fn.features import foreign, shards
 from lumina_fn.features.parts import digest
 from tests import folders
 from tests.fuzz import pickles
@@ -76,7 +77,7 @@ def index(at: Ground) -> Format:
     return Format(seeds, mutate, file.write_bytes, partial(_items, folder))
 
 
-def foreign(at: Ground, kind: str) -> Format:
+def extracted(at: Ground, kind: str) -> Format:
     """Features that others extracted: a file of ids and labels, and the index that lists it."""
     folders.write_tokenizer(at.folder, CODES)
     tokenizer = prompt.load_tokenizer(at.folder)
@@ -92,8 +93,8 @@ def foreign(at: Ground, kind: str) -> Format:
     )
 
     def read() -> object:
-        (told,) = imported.read(theirs, tokenizer)
-        if isinstance(told, imported.Left):
+        (told,) = foreign.read(theirs, tokenizer)
+        if isinstance(told, foreign.Left):
             raise InputError(told.reason)
         return told
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable
 from functools import partial
 
-from lumina_fn import manifest
 from lumina_fn.disk import locks, marks
 from lumina_fn.errors import InputError
+from lumina_fn.state import manifest
 from tests.fuzz.mutate import mutated
 from tests.fuzz.playground import Format, Ground, json_cases, roads
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from lumina_fn import checkpoint, model, safe_pickle, shards, sources, tensor_files, torch_zip, vq
+from lumina_fn import checkpoint, model, sources, vq
 from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
+from lumina_fn.features import shards
+from lumina_fn.formats import safe_pickle, tensor_files, torch_zip
 from tests import folders
 from tests.fuzz import pickles
 from tests.fuzz.containers import mutated_safetensors, mutated_torch_file, saved

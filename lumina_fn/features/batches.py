@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from lumina_fn import rows
+from lumina_fn.features import rows
+from lumina_fn.features.mixing import Mixture, Visits
+from lumina_fn.features.packing import first_fit_decreasing, packed
+from lumina_fn.features.rows import Document
 from lumina_fn.loss import Batch, Packed
-from lumina_fn.mixing import Mixture, Visits
-from lumina_fn.packing import first_fit_decreasing, packed
-from lumina_fn.rows import Document
 from lumina_fn.vocab import IGNORE, PAD, Ids
 
 WINDOW = 64  # batches among which clustered items are sorted by length

@@ -19,7 +19,7 @@ from jaxtyping import Int, Integer, UInt8
 from msgspec import Meta
 from safetensors.numpy import load, save
 
-from lumina_fn.disk import files, reading, within
+from lumina_fn.disk import files, reading, untrusted_folder
 from lumina_fn.errors import InputError
 from lumina_fn.features.parts import EXPECTED, Parts, whole
 from lumina_fn.vocab import CODES_PER_PATCH, Ids
@@ -205,7 +205,7 @@ def read_index_file(folder: Path) -> IndexFile:
     """Raises InputError for a folder that is no feature set."""
     path = folder / INDEX
     if path.exists():
-        within.file(folder, INDEX)
+        untrusted_folder.file(folder, INDEX)
     index = reading.json_of(IndexFile, path, EXPECTED)
     for name in (index.items, *(entry.file for entry in index.shards)):
         if Path(name).name != name:
@@ -218,14 +218,14 @@ def read_index(folder: Path) -> Index:
     index = read_index_file(folder)
     for file in (MANIFEST, QUARANTINE):
         if os.path.lexists(folder / file):
-            within.file(folder, file)
+            untrusted_folder.file(folder, file)
     for entry in index.shards:
         with whole(folder / entry.file):
-            if (size := within.file(folder, entry.file).stat().st_size) != entry.bytes:
+            if (size := untrusted_folder.file(folder, entry.file).stat().st_size) != entry.bytes:
                 raise ValueError(f"{size} bytes, not {entry.bytes}")
     file = folder / index.items
     with whole(file):
-        data = reading.contents(within.file(folder, file.name), MAX_INDEX, EXPECTED)
+        data = reading.contents(untrusted_folder.file(folder, file.name), MAX_INDEX, EXPECTED)
         if _OURS.fullmatch(file.name) and file.name[6 : 6 + KEY] != hashlib.sha256(data).hexdigest()[:KEY]:
             raise ValueError("its checksum differs from its name's: it is damaged")
         items = load(data)

@@ -18,13 +18,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from lumina_fn import manifest, model, names, orbax_bridge, sharding
+from lumina_fn import model, sharding
 from lumina_fn.config import LUMINA_7B
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError, printable
-from lumina_fn.manifest import Damaged, Unusable
+from lumina_fn.formats import names
+from lumina_fn.formats.tensor_files import Later
 from lumina_fn.sharding import Mesh, Sharded
-from lumina_fn.tensor_files import Later
+from lumina_fn.state import manifest, orbax_bridge
+from lumina_fn.state.manifest import Damaged, Unusable
 from lumina_fn.train import TrainState
 
 Shapes = dict[str, tuple[int, ...]]  # by tree path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError, listed
-from lumina_fn.hf_config import LARGEST
+from lumina_fn.formats.hf_config import LARGEST
 
 
 def whole(values: object, least: int) -> bool:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from lumina_fn import safe_pickle
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
-from lumina_fn.tensor_files import Source, Stored, chunks, size_of
+from lumina_fn.formats import safe_pickle
+from lumina_fn.formats.tensor_files import Source, Stored, chunks, size_of
 
 ALIGN = 64  # bytes, as torch does
 _KINDS = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError, printable
-from lumina_fn.manifest_content import Content, Hashes
+from lumina_fn.state.manifest_content import Content, Hashes
 
 FORMAT = "lumina_fn/checkpoint/1"
 CHECKPOINTS, ORIGIN = (

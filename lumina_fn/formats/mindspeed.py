@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lumina_fn import dcp, tensor_files, torch_zip
-from lumina_fn.disk import reading, within
+from lumina_fn.disk import reading, untrusted_folder
 from lumina_fn.errors import InputError, listed, printable
-from lumina_fn.tensor_files import Later, Stored
+from lumina_fn.formats import dcp, tensor_files, torch_zip
+from lumina_fn.formats.tensor_files import Later, Stored
 
 ITERATION = "latest_checkpointed_iteration.txt"
 RELEASE = "release/mp_rank_00/model_optim_rng.pt"
@@ -52,7 +52,7 @@ def read(path: Path, base: Stored | Later | None) -> Found:
     """
     if (path / ITERATION).exists():
         folder, what = _newest(path)
-        if not folder.is_dir() or not folder.resolve().is_relative_to(within.root(path)):
+        if not folder.is_dir() or not folder.resolve().is_relative_to(untrusted_folder.root(path)):
             there = listed(sorted(p.name for p in path.glob("iter_*"))) or "none"
             raise InputError(
                 printable(
@@ -88,14 +88,14 @@ def _one_file(folder: Path, top: Path) -> tuple[dict[str, Stored], list[str]]:
                 f"{folder} is split over several tensor- or pipeline-parallel ranks ({others[0]}): merge them into {_RANK} first"
             )
         )
-    if not (folder / _RANK).is_dir() or not (folder / _RANK).resolve().is_relative_to(within.root(top)):
+    if not (folder / _RANK).is_dir() or not (folder / _RANK).resolve().is_relative_to(untrusted_folder.root(top)):
         raise InputError(f"{folder / _RANK} is missing: the MindSpeed folder is not whole")
-    return torch_zip.state_dict(within.file(folder / _RANK, _WEIGHTS, top), "model")
+    return torch_zip.state_dict(untrusted_folder.file(folder / _RANK, _WEIGHTS, top), "model")
 
 
 def _distributed(folder: Path, top: Path) -> tuple[dict[str, Stored | Later], list[str]]:
     if (folder / "metadata.json").exists():
-        backend = within.read_json(within.file(folder, "metadata.json", top)).get("sharded_backend")
+        backend = untrusted_folder.read_json(untrusted_folder.file(folder, "metadata.json", top)).get("sharded_backend")
         if backend != "torch_dist":
             raise InputError(
                 printable(f"{folder / 'metadata.json'} says sharded_backend {backend!r}; only torch_dist is read")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from lumina_fn.shards import Feature
+from lumina_fn.features.shards import Feature
 from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, Ids, image_length
 
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lumina_fn import dataset, plain_pickle
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
+from lumina_fn.features import dataset
+from lumina_fn.features.shards import Feature
+from lumina_fn.formats import plain_pickle
 from lumina_fn.prompt import LARGEST_ID, Tokenizer
-from lumina_fn.shards import Feature
 from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, image_codes
 
 INDEXES = ("data.jsonl", "record.json", "record.jsonl")

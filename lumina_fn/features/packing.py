@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from lumina_fn.features.rows import Document, write
 from lumina_fn.loss import Packed
-from lumina_fn.rows import Document, write
 from lumina_fn.vocab import IGNORE, PAD, Ids
 
 

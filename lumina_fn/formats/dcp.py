@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lumina_fn import safe_pickle, tensor_files, torch_zip
-from lumina_fn.disk import reading, within
+from lumina_fn.disk import reading, untrusted_folder
 from lumina_fn.errors import InputError, printable
-from lumina_fn.safe_pickle import Global, Record
-from lumina_fn.tensor_files import Later, Stored
+from lumina_fn.formats import safe_pickle, tensor_files, torch_zip
+from lumina_fn.formats.safe_pickle import Global, Record
+from lumina_fn.formats.tensor_files import Later, Stored
 
 METADATA = ".metadata"
 MAX_BYTES = 64 << 20  # of .metadata: a 7.88B model's on 8 ranks takes 0.5 MB, with AdamW's state four times that
@@ -64,7 +64,7 @@ def tensors(
     A tensor of several chunks is put together when it is written, one at a time. InputError for whatever is wrong, a file
     outside of the folder (or of `top`, which it is in) included.
     """
-    path = within.file(folder, METADATA, top)
+    path = untrusted_folder.file(folder, METADATA, top)
     try:
         described, places, others = _read(path, wanted)
     except ValueError as error:
@@ -85,7 +85,7 @@ def tensors(
                     printable(f"{path} does not say where {key} {list(chunk.offsets)} lies: it is damaged")
                 )
             if place.name not in files:
-                file = within.file(folder, place.name, top)
+                file = untrusted_folder.file(folder, place.name, top)
                 files[place.name] = file, file.stat().st_size
             parts.append((chunk, _stored(*files[place.name], place, key, tensor.dtype, chunk)))
             used.append((place.name, place.offset, place.offset + place.length))

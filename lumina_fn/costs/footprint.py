@@ -17,13 +17,14 @@ from torch import Tensor
 
 import ops
 from kernels import reference
-from lumina_fn import live, model, optim, train
+from lumina_fn import model, optim, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.cost import Setup
-from lumina_fn.live import Live
+from lumina_fn.costs import live_bytes
+from lumina_fn.costs.cost import Setup
+from lumina_fn.costs.live_bytes import Live
+from lumina_fn.gradients import seams, walk
 from lumina_fn.loss import Batch
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
-from lumina_fn.walk import seams, walk
 from ops import collectives
 
 # What bytes are for.
@@ -169,8 +170,8 @@ def _pair(
     needs = []
 
     def backend(graph, examples):
-        needs.append(live.fused_peak(graph) - live.outputs(graph))
-        return live.outline(graph)
+        needs.append(live_bytes.fused_peak(graph) - live_bytes.outputs(graph))
+        return live_bytes.outline(graph)
 
     pair = compiled_pair(layer, fixed=(1,), keep_inputs=keep_inputs, backend=backend)
     y, residuals = pair.forward(*arguments)

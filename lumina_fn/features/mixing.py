@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from lumina_fn import data, shards
+from lumina_fn import data
+from lumina_fn.features import shards
 
 
 class Visits(NamedTuple):

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from lumina_fn import refusal
+from lumina_fn.process import out_of_memory
 
 
 def end_at_once(*_: object) -> None:
@@ -34,7 +34,7 @@ def begin() -> None:
 
 def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's last word on an error, before `errors.run` is there: what memory was refused while it imports is a line."""
-    if (line := refusal.line(error)) is None:
+    if (line := out_of_memory.line(error)) is None:
         sys.__excepthook__(kind, error, trace)
     else:
         with suppress(OSError):

@@ -1,0 +1,7 @@
+"""Checkpoints of a training run.
+
+saved_state        a training state written while training goes on, and restored on any number of ranks
+manifest           the folder of checkpoints: which are complete, and how one appears and is removed
+manifest_content   the fields of a checkpoint's manifest
+orbax_bridge       Orbax, imported when it is needed
+"""
