@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bench.harness import GB, Row, ratio, row
-from experiments import processes
+from experiments.launching import processes
 from lumina_fn import checkpoint, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.sharding import Mesh

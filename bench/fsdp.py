@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bench.harness import GB, Row, Sample, ratio, row, timed
-from experiments import processes
+from experiments.launching import processes
 from lumina_fn import model
 from lumina_fn.config import ModelConfig
 from lumina_fn.loss import Batch

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments import processes
+from experiments.launching import processes
 
 THREADS = 2
 GB = 1e9

@@ -15,7 +15,7 @@ from bench import peers
 from bench.ceilings import FLOPS, SIDE, sgemm
 from bench.harness import GB, Bench, Row, Runs, in_turn, row, speed_row, working
 from bench.step import of_first_step
-from experiments import processes
+from experiments.launching import processes
 from lumina_fn import model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.costs import cost, footprint

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import numpy as np
 
-from experiments import processes
+from experiments.launching import processes
 from experiments.settings import parse
 from lumina_fn import data, errors, model, train
 from lumina_fn.config import ModelConfig

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments import claims, pretokenize, settings
-from experiments.claims import Shard
+from experiments import pretokenize, settings
 from experiments.demo import tasks
-from experiments.encoding import encode_shards
+from experiments.pretokenizing import shard_claims
+from experiments.pretokenizing.encoding import encode_shards
+from experiments.pretokenizing.shard_claims import Shard
 from lumina_fn import errors, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.features import shards
@@ -49,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         ready = lambda i: pretokenize.prepare(i, rows[i], [folder], tokenizer, run.size, 0)
 
         def whole(out: Path) -> float:
-            (out / claims.CLAIMS).mkdir(parents=True)
+            (out / shard_claims.CLAIMS).mkdir(parents=True)
             write = lambda shard, features, rejected: shards.write(out / shard.name, features, rejected, tokenizer.ids)
             planned = [Shard(0, "features.safetensors", range(len(rows)))]
-            claimed = claims.claimed(out, planned, 0, 1)
+            claimed = shard_claims.claimed(out, planned, 0, 1)
             tally = encode_shards(
                 claimed, ready, encode, write, batch=run.batch, workers=2, progress=lambda n: None
             )  # fmt: skip

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch._inductor import config as inductor_config
 
-from experiments import processes
+from experiments.launching import processes
 from experiments.settings import parse
 from lumina_fn import checkpoint, errors, model, sharding, train
 from lumina_fn.config import ModelConfig

@@ -22,8 +22,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import dataset_html, dataset_looks, dataset_report, dataset_verify, settings
-from experiments.dataset_looks import Look
+from experiments import settings
+from experiments.datasets import html, inspection, statistics, verify
+from experiments.datasets.inspection import Look
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import data, errors, images, prompt, vq
 from lumina_fn.disk import files, places, reading
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    commands = {"report": (Report, report), "verify": (dataset_verify.Verify, dataset_verify.verify)}
+    commands = {"report": (Report, report), "verify": (verify.Verify, verify.verify)}
     if not words or words[0] not in commands:
         found = f"found {words[0]!r}" if words else "found nothing"
         raise InputError(f"expected report or verify as the first word, {found}; see --help")
@@ -81,17 +82,17 @@ def report(run: Report) -> int:
     drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
     sampled = [done[i] for i in sorted(drawn.tolist())] if show else []
     kind = "features" if is_features else "data"
-    found = dataset_report.summary(str(run.source), kind, looks, run.distance, sampled)
-    text, numbers = dataset_report.text(found) + "\n", json.dumps(found, indent=1) + "\n"
+    found = statistics.summary(str(run.source), kind, looks, run.distance, sampled)
+    text, numbers = statistics.text(found) + "\n", json.dumps(found, indent=1) + "\n"
     if run.json:
         files.write_atomic(run.json, numbers)
     if run.out:
         by_row = {look.row: look for look in looks}
-        pictures = {row: _shown(show, by_row[row]) for row in dataset_html.shown_rows(found)}
+        pictures = {row: _shown(show, by_row[row]) for row in html.shown_rows(found)}
         with files.new_folder(run.out, "report", run.overwrite) as folder:
             (folder / "report.txt").write_text(text, encoding="utf-8")
             (folder / "report.json").write_text(numbers, encoding="utf-8")
-            (folder / "report.html").write_text(dataset_html.page(found, pictures), encoding="utf-8")
+            (folder / "report.html").write_text(html.page(found, pictures), encoding="utf-8")
     print(text, end="")
     return 0
 
@@ -119,7 +120,7 @@ def _check_replaced(run: Report) -> None:
         found = reading.json_object(run.json, "a report").get("format")
     except InputError as error:
         raise InputError(f"--json: {error}; it is not replaced, give another place") from error
-    if found != dataset_report.FORMAT:
+    if found != statistics.FORMAT:
         raise InputError(f"--json {run.json} is no report of lumina's: it is not replaced, give another place")
 
 
@@ -131,14 +132,14 @@ def _rows(run: Report) -> tuple[list[Look], list[Picture]]:
     """Every row of DATA.json, and how its pictures are shown."""
     rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
-    look = lambda i: dataset_looks.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
+    look = lambda i: inspection.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
     return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(roots, run.size)]
 
 
 def _features(run: Report) -> tuple[list[Look], list[Picture]]:
     """Every row of a feature set's manifest, and how its pictures are shown: source and decoded side by side where both are there."""
-    done = dataset_looks.open_done(run.source)
-    manifest = dataset_looks.read_manifest(done.features)
+    done = inspection.open_done(run.source)
+    manifest = inspection.read_manifest(done.features)
     show: list[Picture] = []
     if run.data:
         show.append(_source_pictures(_roots(run.data, run.image_root), done.features.origin.size))
@@ -146,7 +147,7 @@ def _features(run: Report) -> tuple[list[Look], list[Picture]]:
         show.append(_decoded_pictures(run, done.features))
     rows = dataset.read_rows(run.data) if run.data else None
     picture = show[0] if show and run.near else None
-    look = lambda i: dataset_looks.at_entry(done, manifest[i], rows, picture)
+    look = lambda i: inspection.at_entry(done, manifest[i], rows, picture)
     return _looks(look, len(manifest), (os.cpu_count() or 1) if run.data else 1), show
 
 
@@ -165,7 +166,7 @@ def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
 
 
 def _decoded_pictures(run: Report, features: data.FeatureSet) -> Picture:
-    params, cfg = dataset_verify.same_vq(run.vq, features, settings.checked_device(run))
+    params, cfg = verify.same_vq(run.vq, features, settings.checked_device(run))
     device = params.codebook.device
 
     @torch.inference_mode()

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments import settings
-from experiments.finetune_settings import Settings
+from experiments.finetuning.settings import Settings
 from experiments.launching import start
 from lumina_fn.process import startup
 
 if TYPE_CHECKING:
-    from experiments.distributed import World
+    from experiments.launching.distributed import World
 
 
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = settings.parse(Settings, __doc__, argv)
     with startup.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
-        from experiments import distributed, finetuning
+        from experiments.finetuning import loop
+        from experiments.launching import distributed
 
-    return finetuning.main(run, argv, world or distributed.ALONE)
+    return loop.main(run, argv, world or distributed.ALONE)
 
 
 def _embedded_default(world: "World | None") -> list[str]:

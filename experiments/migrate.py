@@ -18,10 +18,11 @@ from typing import Annotated
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from experiments import migration_guide, settings
-from experiments.migration_commands import Command
-from experiments.migration_guide import Guide
-from experiments.migration_shell import quoted
+from experiments import settings
+from experiments.migration import guide as migration_guide
+from experiments.migration.command_lines import Command
+from experiments.migration.guide import Guide
+from experiments.migration.shell import quoted
 from experiments.settings import POSITIONAL
 from lumina_fn import errors, images, prompt
 from lumina_fn.disk import files, places

@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import ops  # noqa: F401  (it registers torch.ops.lumina)
-from experiments import processes
+from experiments.launching import processes
 from kernels import bench, cases, npu
 from lumina_fn import decode, errors, model, programs, train
 from lumina_fn.config import ModelConfig

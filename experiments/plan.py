@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from experiments import devices, plan_report, roofline, settings
-from experiments.devices import CPU, DEVICES, Device
-from experiments.finetune_settings import REMAT_FROM
-from experiments.plan_report import MOST, USABLE, Plan
+from experiments import settings
+from experiments.finetuning.settings import REMAT_FROM
+from experiments.planning import devices, report, roofline
+from experiments.planning.devices import CPU, DEVICES, Device
+from experiments.planning.report import MOST, USABLE, Plan
 from lumina_fn import errors, sources, vocab
 from lumina_fn.config import LUMINA_7B, ModelConfig
 from lumina_fn.costs import cost, footprint
@@ -90,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=2))
         return 0
-    about = plan_report.facts(cfg, setups[0], device, run.device, run.devices_per_node, run.seq)
-    print("\n".join([*about, "", *plan_report.table(plans), "", *plan_report.notes(device, run.device, compute)]))
+    about = report.facts(cfg, setups[0], device, run.device, run.devices_per_node, run.seq)
+    print("\n".join([*about, "", *report.table(plans), "", *report.notes(device, run.device, compute)]))
     return 0
 
 

@@ -25,10 +25,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from experiments import claims, distributed, memory, run_folder, settings
-from experiments.claims import Shard
-from experiments.distributed import ALONE, World
-from experiments.encoding import Encode, Prepared, Tally, encode_shards
+from experiments import settings
+from experiments.finetuning import run_folder
+from experiments.launching import distributed
+from experiments.launching.distributed import ALONE, World
+from experiments.planning import memory
+from experiments.pretokenizing import shard_claims
+from experiments.pretokenizing.encoding import Encode, Prepared, Tally, encode_shards
+from experiments.pretokenizing.shard_claims import Shard
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, errors, images, prompt, vq
 from lumina_fn.config import VQConfig
@@ -187,7 +191,7 @@ def _encode(
         share = sum(len(shard.rows) for shard in missing) / world.size
         bar = progress.add_task("pictures to tokens", total=share)
         return encode_shards(
-            claims.claimed(out, planned, world.rank, world.size), ready, encode, write, batch=run.batch, workers=workers,
+            shard_claims.claimed(out, planned, world.rank, world.size), ready, encode, write, batch=run.batch, workers=workers,
             progress=lambda n: progress.advance(bar, n),
         )  # fmt: skip
 
@@ -214,7 +218,7 @@ def _begin(out: Path, origin: Origin, planned: list[Shard], run: Settings) -> No
             files.write_atomic(out / marks.NAME, marks.text(shards.KIND, []))
         if not (out / ORIGIN).exists():
             files.write_atomic(out / ORIGIN, made)
-        claims.begin(out)
+        shard_claims.begin(out)
         if run.retry:
             (out / shards.INDEX).unlink(missing_ok=True)  # unfinished until they are made again
             for shard in planned:
@@ -224,7 +228,7 @@ def _begin(out: Path, origin: Origin, planned: list[Shard], run: Settings) -> No
 
 def is_ours(path: str) -> bool:
     """Whether a path below OUT (a folder's ends with "/") is one that pretokenize writes."""
-    own = path in (MANIFEST, QUARANTINE, ORIGIN) or shards.is_ours(path) or claims.is_ours(path)
+    own = path in (MANIFEST, QUARANTINE, ORIGIN) or shards.is_ours(path) or shard_claims.is_ours(path)
     return own or ("/" not in path and files.is_unfinished(Path(path)))
 
 
@@ -247,7 +251,7 @@ def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]
         (
             shard.name,
             shards.read(out / shard.name),
-            claims.checksum(out, shard) or known.get(shard.name) or digest(out / shard.name),
+            shard_claims.checksum(out, shard) or known.get(shard.name) or digest(out / shard.name),
         )
         for shard in planned
     ]
@@ -263,7 +267,7 @@ def _finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]
         files.write_atomic(out / QUARANTINE, "".join(json.dumps(r._asdict()) + "\n" for r in rejected))
         shards.finish(out, origin, read)
         kept = {MANIFEST, QUARANTINE, ORIGIN, *shards.names(out)}
-        claims.forget(out)
+        shard_claims.forget(out)
         for path in list(out.iterdir()):
             if path.name not in kept and shards.is_ours(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()

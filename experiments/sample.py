@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from experiments import memory, settings
+from experiments import settings
+from experiments.planning import memory
 from experiments.settings import EnvCheck
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import checks, settings
+from experiments import settings
 from experiments.demo.tasks import LM, VQ
-from experiments.finetune_settings import Settings
+from experiments.finetuning import checks
+from experiments.finetuning.settings import Settings
 from experiments.sample import Settings as SampleSettings
 from lumina_fn import checkpoint, data, train
 from lumina_fn.errors import InputError

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import devices, processes
+from experiments.launching import processes
+from experiments.planning import devices
 from lumina_fn.config import LUMINA_7B
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import Setup

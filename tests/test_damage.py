@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from experiments import processes, resuming
+from experiments.finetuning import resuming
+from experiments.launching import processes
 from lumina_fn import checkpoint, errors, model, sharding
 from lumina_fn.disk import marks
 from lumina_fn.errors import InputError
@@ -226,7 +227,9 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
     assert_same_bits(checkpoint.restore(folder)[0], state)
 
 
-WITHOUT_ROOM = "from lumina_fn import saved_state; saved_state.ROOM = -(1 << 40)"  # found full only while it is written
+WITHOUT_ROOM = (
+    "from lumina_fn.state import saved_state; saved_state.ROOM = -(1 << 40)"  # found full only while it is written
+)
 
 
 @pytest.mark.parametrize("first", ["", WITHOUT_ROOM], ids=["before", "meanwhile"])
@@ -236,7 +239,7 @@ def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, firs
     free = shutil.disk_usage(out).free
     (out.parent / "other").write_bytes(bytes(free - (32 << 10) if first else 32 << 20))
     flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 20, "--save-every", 3]
-    command = f"{first}\nfrom experiments import distributed, finetune\ndistributed.run(finetune.main)"
+    command = f"{first}\nfrom experiments import finetune\nfrom experiments.launching import distributed\ndistributed.run(finetune.main)"
     done = subprocess.run(
         [sys.executable, "-c", command, *map(str, flags)], capture_output=True, text=True, check=False
     )

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from experiments import dataset as command
-from experiments import dataset_duplicates, dataset_report, pretokenize
-from experiments.dataset_duplicates import Fingerprint, fingerprint, near
+from experiments import pretokenize
+from experiments.datasets import duplicates, statistics
+from experiments.datasets.duplicates import Fingerprint, fingerprint, near
 from experiments.demo import shapes
 from lumina_fn import checkpoint, data, errors, prompt
 from lumina_fn.features import shards
@@ -212,7 +213,7 @@ def test_banding_finds_what_comparing_all_pairs_finds(distance):
 
 
 def test_nothing_is_the_same_as_nothing():
-    assert dataset_duplicates.same([None, 1, None, 2, 1]) == [[1, 4]]
+    assert duplicates.same([None, 1, None, 2, 1]) == [[1, 4]]
     assert near([], 3) == []
 
 
@@ -227,7 +228,7 @@ def test_nothing_is_the_same_as_nothing():
     ],
 )  # fmt: skip
 def test_reasons_of_a_kind_have_one_name(reason, expected):
-    assert dataset_report.reason_class(reason) == expected
+    assert statistics.reason_class(reason) == expected
 
 
 def test_verify_finds_the_same(call, made):

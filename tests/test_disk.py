@@ -328,11 +328,9 @@ ALLOWED = {
     "lumina_fn/disk/compile_cache.py": "Inductor's own files in its cache, by their names",
     "kernels": "its own lists, and the table that it writes",
     "experiments/demo": "its own assets and runs/demo",
-    "experiments/launching": "this launch's private folder",
-    "experiments/distributed.py": "this launch's private folder",
-    "experiments/processes.py": "a temporary folder of tests and benches",
+    "experiments/launching": "this launch's private folder, and a temporary one",
     "experiments/pretokenize.py": "shards that it made, by their names, in a locked folder",
-    "experiments/memory.py": "/proc and /sys",
+    "experiments/planning/memory.py": "/proc and /sys",
     "experiments/notebooks": "temporary folders",
 }
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import feature_folders, finetune
+from experiments import finetune
+from experiments.finetuning import feature_folders
 from lumina_fn import checkpoint, data
 from lumina_fn.errors import InputError
 from tests.small_run import write_features, write_inputs

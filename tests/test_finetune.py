@@ -13,7 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 
-from experiments import finetune, finetuning
+from experiments import finetune
+from experiments.finetuning import loop
 from lumina_fn import checkpoint, convert, data, errors, prompt, sources, train
 from tests import folders
 from tests.small_run import CODES, write_features, write_lm
@@ -161,7 +162,7 @@ def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
 def test_from_a_size_on_remat_is_the_default(call, monkeypatch, lm, above, flags, expected):
     params, _ = checkpoint.load_model(lm)
     size = sum(leaf.numel() for leaf in pytree.tree_leaves(params))
-    monkeypatch.setattr(finetuning, "REMAT_FROM", size + above)
+    monkeypatch.setattr(loop, "REMAT_FROM", size + above)
     given, make = [], train.make_train_step
     monkeypatch.setattr(train, "make_train_step", lambda *args, **kw: given.append(kw["remat"]) or make(*args, **kw))
     assert call("--steps", 1, *flags)[0] == 0
@@ -185,7 +186,7 @@ def test_noise_is_measured_when_asked_for(call, tmp_path):
 def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path, monkeypatch, steps):
     """The fifth step throws the parameters so far that no loss after it is finite: those of step 3 are the last that were seen good."""
     rate = lambda step: torch.where(step == 4, 1e38, 1e-5)
-    monkeypatch.setattr(finetuning, "_optimizer", lambda run: train.AdamW(rate))
+    monkeypatch.setattr(loop, "_optimizer", lambda run: train.AdamW(rate))
     code, (*_, line) = call("--steps", steps, "--log-every", 10, "--save-every", 4, "--keep", 9)
     assert code == 1
     assert "no finite loss and gradient since step 6; those of step 4" in line
@@ -203,7 +204,7 @@ def test_a_broken_run_stops_and_keeps_the_last_good_state(call, tmp_path, monkey
 
 def test_a_last_step_that_leaves_numbers_that_are_none_is_not_a_model(call, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        finetuning, "_optimizer", lambda run: train.AdamW(lambda step: torch.where(step == 1, math.inf, 1e-5))
+        loop, "_optimizer", lambda run: train.AdamW(lambda step: torch.where(step == 1, math.inf, 1e-5))
     )
     code, (*_, line) = call("--steps", 2)
     assert code == 1

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from experiments import distributed, finetune
-from experiments.distributed import World
-from experiments.launching import addresses
+from experiments import finetune
+from experiments.launching import addresses, distributed
+from experiments.launching.distributed import World
 from lumina_fn import checkpoint
 from lumina_fn.errors import InputError
 from tests.small_run import write_inputs
@@ -184,8 +184,8 @@ def test_a_mistake_that_one_rank_meets_is_said_with_its_rank(launch, inputs, tmp
 @slow
 def test_a_failure_of_one_rank_has_one_traceback(launch, inputs, tmp_path):
     script = (
-        "import os\nfrom experiments import distributed, finetune, finetuning\n"
-        "if os.environ['RANK'] == '0':\n    finetuning.main = lambda *_: [][0]\ndistributed.run(finetune.main)"
+        "import os\nfrom experiments import finetune\nfrom experiments.finetuning import loop\nfrom experiments.launching import distributed\n"
+        "if os.environ['RANK'] == '0':\n    loop.main = lambda *_: [][0]\ndistributed.run(finetune.main)"
     )
     command = [TORCHRUN, "--nproc_per_node", 2, "--no-python", sys.executable, "-c", script]
     run = launch(*command, *inputs, "--out", tmp_path / "run")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from experiments.launching import guard, place, rendezvous
-from experiments.stopping import Stop
+from experiments.launching.stopping import Stop
 from lumina_fn.errors import InputError
 from tests import test_launch
 from tests.test_launch import ENDLESS, ROOT, free_port, is_alive, needs_root, on_hosts, rows, slow, steps_run, until
@@ -284,14 +284,16 @@ def test_a_stopped_process_does_not_outlive_its_run(kills, stops, launch, inputs
 
 HANGING = """
 import ctypes, os
-from experiments import distributed, finetune, finetuning
+from experiments import finetune
+from experiments.finetuning import loop
+from experiments.launching import distributed
 def hang(*_):
     open(os.environ["RANK"], "w").close()
     mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
     while True:  # it waits for itself with Python's lock: no thread of this process does anything
         library.pthread_mutex_lock(mutex)
 if os.environ["RANK"] == "1":
-    finetuning.main = hang
+    loop.main = hang
 distributed.run(finetune.main)
 """
 
@@ -307,7 +309,9 @@ def test_a_rank_that_hangs_is_killed(launch, inputs, tmp_path):
 
 SAVING = """
 import os, time
-from experiments import distributed, finetune, finetuning
+from experiments import finetune
+from experiments.finetuning import loop
+from experiments.launching import distributed
 def save(run, argv, world):
     with world.stopping() as stop:
         step = 1
@@ -318,7 +322,7 @@ def save(run, argv, world):
         time.sleep(13 if world.rank else 0)
         open("saved by " + os.environ["RANK"], "w").close()
     return 143
-finetuning.main = save
+loop.main = save
 distributed.run(finetune.main)
 """
 

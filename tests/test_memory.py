@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import distributed, finetune, finetuning, memory, settings
-from experiments.distributed import ALONE, World
-from experiments.finetune_settings import Settings
+from experiments import finetune, settings
+from experiments.finetuning import loop
+from experiments.finetuning.settings import Settings
+from experiments.launching import distributed
+from experiments.launching.distributed import ALONE, World
+from experiments.planning import memory
 from lumina_fn import checkpoint, data, errors, prompt
 from lumina_fn.costs import footprint
 from lumina_fn.costs.cost import Setup
@@ -194,9 +197,12 @@ def room(features: Path, out: Path, *flags, world: World = ALONE) -> memory.Room
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
-from experiments import finetune, finetuning, memory, processes
+from experiments import finetune
+from experiments.finetuning import loop
+from experiments.launching import processes
+from experiments.planning import memory
 from experiments.launching import start
-from lumina_fn import orbax_bridge
+from lumina_fn.state import orbax_bridge
 orbax_bridge.load()
 processes.reset_peak()
 before = processes.resident()
@@ -281,7 +287,7 @@ def test_a_checkpoint_that_is_being_written_is_finished_first(features, tmp_path
     """Of the first step, that a wait in the saving thread holds up, while the second is refused memory."""
     import time
 
-    make, taken = finetuning.train.make_train_step, []
+    make, taken = loop.train.make_train_step, []
 
     def refusing(*args, **kw):
         step = make(*args, **kw)
@@ -294,7 +300,7 @@ def test_a_checkpoint_that_is_being_written_is_finished_first(features, tmp_path
 
         return second_fails
 
-    monkeypatch.setattr(finetuning.train, "make_train_step", refusing)
+    monkeypatch.setattr(loop.train, "make_train_step", refusing)
     monkeypatch.setattr(World, "background_barrier", lambda self: lambda: time.sleep(0.5))
     out = tmp_path / "run"
     with pytest.raises(OutOfMemory, match=r"^out of memory in step 2 \(2\.1 GB more"):

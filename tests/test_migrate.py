@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import finetune, migrate, migration_fields, settings
+from experiments import finetune, migrate, settings
+from experiments.migration import field_rules
 from lumina_fn import convert, data
 from lumina_fn.errors import InputError
 from tests.extracted_features import write_alpha, write_mindspeed
@@ -94,7 +95,7 @@ def test_every_field_has_a_line_in_the_report(tmp_path):
     lines = {(line["file"], line["field"]) for line in report["fields"]}
     for name, value in FILES.items():
         short = name.removeprefix(f"{BASE}/")
-        assert {(short, field) for field, _ in migration_fields.flat(value)} <= lines
+        assert {(short, field) for field, _ in field_rules.flat(value)} <= lines
     flags = {("pretrain.sh", flag) for flag in re.findall(r"--[a-z0-9-]+(?=[ \n])", TRAIN) if "_" not in flag}
     assert flags <= lines
     assert {line["kind"] for line in report["fields"]} <= {"mapped", "not needed", "note"}

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from experiments import migrate, migration_shell
+from experiments import migrate
+from experiments.migration import shell
 from lumina_fn.errors import InputError
 from tests.mindspeed_guide import BASE, TRAIN, write_guide
 
@@ -66,9 +67,9 @@ def test_words_expand_as_bash_expands_them(words, a, n):
     text = f'A=\'{a}\'\nB="$A-"\nN={n}\nV="{{$N}}"\n'
     line = "torchrun " + " ".join(words)
     with_bash = subprocess.run(["bash", "-c", f'{text}torchrun() {{ printf "<%s>" "$@"; }}\n{line}'], capture_output=True, text=True)  # fmt: skip
-    script = migration_shell.Script(Path("x"))
-    for statement in migration_shell.statements(text + line):
-        migration_shell._follow(script, statement)
+    script = shell.Script(Path("x"))
+    for statement in shell.statements(text + line):
+        shell._follow(script, statement)
     expected = with_bash.stdout if with_bash.stdout != "<>" or script.command else ""
     assert "".join(f"<{word}>" for word in script.command) == expected
 
@@ -106,7 +107,7 @@ def test_a_spoilt_script_is_read_or_refused(tmp_path_factory, marks):
     path = tmp_path_factory.mktemp("script") / "pretrain.sh"
     path.write_text(text)
     with suppress(InputError):
-        migration_shell.read(path)
+        shell.read(path)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +126,11 @@ def test_a_long_script_takes_no_longer_than_its_length(tmp_path, text):
     (tmp_path / "a.sh").write_text(f"A={'x' * 60_000}\ntorchrun {text}\n")
     started = time.monotonic()
     with suppress(InputError):
-        migration_shell.read(tmp_path / "a.sh")
+        shell.read(tmp_path / "a.sh")
     assert time.monotonic() - started < 5
 
 
 def test_values_do_not_grow_without_end(tmp_path):
     (tmp_path / "a.sh").write_text("A=xx\n" + "A=$A$A\n" * 60 + "torchrun $A")
     with pytest.raises(InputError, match="more than"):
-        migration_shell.read(tmp_path / "a.sh")
+        shell.read(tmp_path / "a.sh")

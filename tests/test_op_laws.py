@@ -17,7 +17,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
-from experiments import processes
+from experiments.launching import processes
 from kernels import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import ops
-from experiments import processes
+from experiments.launching import processes
 from kernels import reference
 from lumina_fn import gradients, model, sharding, transform
 from lumina_fn.config import ModelConfig

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from experiments import run_folder
+from experiments.finetuning import run_folder
 from lumina_fn import checkpoint, data, errors, prompt, vq
 from lumina_fn.vocab import IGNORE, SEP_TEXT
 from tests import exactly_once

@@ -8,13 +8,13 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 
 from experiments import settings
-from experiments.finetune_settings import Settings
+from experiments.finetuning.settings import Settings
 from lumina_fn import export
 from lumina_fn.errors import InputError
 from lumina_fn.process.ranges import Range
 
 # Not plan: it checks its own numbers.
-COMMANDS = ("finetune_settings", "pretokenize", "sample", "dataset", "dataset_verify", "migrate")
+COMMANDS = ("finetuning.settings", "pretokenize", "sample", "dataset", "datasets.verify", "migrate")
 SIZES = {"size", "width", "height"}  # in pixels: those of a list
 
 
@@ -37,7 +37,7 @@ def test_every_number_has_a_range_with_an_end(command):
         assert number is float or name in SIZES or within.most < math.inf, name
 
 
-FLOATS = [name for name, number, _ in numbers("finetune_settings") if number is float]
+FLOATS = [name for name, number, _ in numbers("finetuning.settings") if number is float]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "-inf", "1e400"])

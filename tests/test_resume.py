@@ -9,8 +9,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from experiments import resuming, stopping
-from experiments.stopping import Stop
+from experiments.finetuning import resuming
+from experiments.launching import stopping
+from experiments.launching.stopping import Stop
 from lumina_fn import checkpoint
 from lumina_fn.state import manifest
 from tests.resumed_runs import ROOT, RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from experiments import finetune as command
-from experiments import finetuning, resuming, run_folder
-from experiments.distributed import World
+from experiments.finetuning import loop, resuming, run_folder
+from experiments.launching.distributed import World
 from lumina_fn import checkpoint, convert, model
 from lumina_fn.errors import InputError
 from lumina_fn.state import manifest, saved_state
@@ -87,7 +87,7 @@ def test_another_run_is_told_before_its_arrays_are_read(inputs, run, monkeypatch
 @SLOW
 def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, tmp_path, monkeypatch, capsys):
     """A run that is started while the one before it ends: what there is to go on from is known only under the lock."""
-    out, features = tmp_path / "run", finetuning.checks.features
+    out, features = tmp_path / "run", loop.checks.features
     out.mkdir()
     shutil.copy(trained / "metrics.jsonl", out)
     shutil.copy(trained / ".lumina.json", out)
@@ -97,7 +97,7 @@ def test_what_was_saved_while_another_run_began_is_not_removed(inputs, trained, 
         shutil.copytree(trained / "checkpoints/3", out / "checkpoints/3")
         return features(*args)
 
-    monkeypatch.setattr(finetuning.checks, "features", meanwhile)
+    monkeypatch.setattr(loop.checks, "features", meanwhile)
     flags = [*inputs, "--out", out, *RUN, "--compile", "off", "--steps", 4, "--save-every", 6]
     assert command.main([*map(str, flags)]) == 0
     assert "going on after step 3" in capsys.readouterr().err

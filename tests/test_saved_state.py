@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from experiments import processes
+from experiments.launching import processes
 from lumina_fn import checkpoint, convert, model, sharding, train
 from lumina_fn.disk import files
 from lumina_fn.state import manifest

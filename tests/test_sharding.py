@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments import processes
+from experiments.launching import processes
 from lumina_fn import checkpoint, convert, gradient_noise, loss, model, optim, sharding, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.formats import tensor_files

@@ -73,7 +73,7 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
     # Where a rank may be stopped while PyTorch is imported, its guard is there already.
     own = Guard(here)
     with startup.importing():
-        from experiments import distributed
+        from experiments.launching import distributed
 
     return distributed.run_rank(main, here, own)
 

@@ -26,7 +26,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.func import grad
 
-from experiments import processes, sharded_step
+from experiments.launching import processes
+from experiments.notebooks import sharded_step
 from lumina_fn import gradient_noise, loss, model, sharding, train
 from lumina_fn.config import ModelConfig
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from experiments.claims import Shard
+from experiments.pretokenizing.shard_claims import Shard
 from lumina_fn import images
 from lumina_fn.features.shards import Feature, Rejected
 

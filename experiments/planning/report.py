@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.devices import BANDWIDTH, CPU, Device
+from experiments.planning.devices import BANDWIDTH, CPU, Device
 from lumina_fn.config import ModelConfig
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import Setup

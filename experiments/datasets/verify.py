@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from experiments import dataset_looks, settings
+from experiments import settings
+from experiments.datasets import inspection
 from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, images, prompt, vq
 from lumina_fn.config import VQConfig
@@ -57,7 +58,7 @@ def verify(run: Verify) -> int:
                 f"{n} shards have no checksum: an earlier version wrote them; run the same experiments.pretokenize again"
             )
         )
-    done = {e["item"]: e for e in dataset_looks.read_manifest(features) if e["status"] == "done"}
+    done = {e["item"]: e for e in inspection.read_manifest(features) if e["status"] == "done"}
     if not done:
         raise InputError(f"{run.features}: the set is empty; there is nothing to verify")
     rows = dataset.read_rows(run.data)

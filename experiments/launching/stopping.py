@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from experiments.ending import ECHO, Ending
+from experiments.launching.abort import ECHO, Ending
 
 ASKED = (signal.SIGTERM, signal.SIGINT)
 _WORDS = {str(int(number)).encode(): number for number in ASKED}  # what a rank says; a stranger's words are no signal

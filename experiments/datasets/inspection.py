@@ -12,7 +12,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from experiments import pretokenize
-from experiments.dataset_duplicates import Fingerprint, fingerprint
+from experiments.datasets.duplicates import Fingerprint, fingerprint
 from lumina_fn import data, images
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError

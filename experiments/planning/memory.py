@@ -16,7 +16,7 @@ from lumina_fn.process.out_of_memory import OutOfMemory, size
 if TYPE_CHECKING:  # sample and pretokenize, which only name their flags, do not wait for what a plan imports
     import torch
 
-    from experiments.distributed import World
+    from experiments.launching.distributed import World
     from lumina_fn.config import ModelConfig
     from lumina_fn.costs.cost import Setup
 

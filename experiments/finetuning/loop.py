@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import checks, distributed, feature_folders, memory, profiling, resuming, run_folder, settings
-from experiments.distributed import World
-from experiments.finetune_settings import REMAT_FROM, Settings
-from experiments.memory import Room
-from experiments.metrics import Log
-from experiments.resuming import Checkpoints
+from experiments import settings
+from experiments.finetuning import checks, feature_folders, profiling, resuming, run_folder
+from experiments.finetuning.metrics import Log
+from experiments.finetuning.resuming import Checkpoints
+from experiments.finetuning.settings import REMAT_FROM, Settings
+from experiments.launching import distributed
+from experiments.launching.distributed import World
+from experiments.planning import memory
+from experiments.planning.memory import Room
 from lumina_fn import checkpoint, errors, model, optim, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import places

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import migration_fields
-from experiments.migration_fields import DTYPES, Line, refuse, same
+from experiments.migration import field_rules
+from experiments.migration.field_rules import DTYPES, Line, refuse, same
 from lumina_fn.features import foreign
 from lumina_fn.formats import mindspeed
 
@@ -113,7 +113,7 @@ def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, st
         if nodes == 1
         else f"training, on each of {nodes} machines: with NODE_RANK=1 and so on for the others"
     )
-    names = {migration_fields.LAUNCH[flag].flag: value for flag, value in devices.items()}
+    names = {field_rules.LAUNCH[flag].flag: value for flag, value in devices.items()}
     script = "experiments/launch/ascend_1x8.sh" if nodes == 1 else "experiments/launch/ascend_2x8.sh"
     return Command(what, environment | names, ["bash", script, *run])
 
@@ -159,7 +159,7 @@ def _dtype(field: str, value: Any, lines: list[Line]) -> str:
 
 
 def _sharding(fields: dict[str, Any], lines: list[Line]) -> list[str]:
-    fsdp = {key.split(".")[-1]: value for key, value in fields.items() if key.startswith("patch.use_fsdp1.")}
+    fsdp = {key.split(".")[-1]: value for key, value in field_rules.items() if key.startswith("patch.use_fsdp1.")}
     if not fsdp:
         return ["--strategy", "no"]
     get = lambda name, default: fsdp.get(name, default)  # theirs

@@ -18,11 +18,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from experiments import settings, stopping
-from experiments.ending import ECHO, Ending, watch_launcher, watch_neighbour
-from experiments.launching import addresses, guard, start
+from experiments import settings
+from experiments.launching import addresses, guard, start, stopping
+from experiments.launching.abort import ECHO, Ending, watch_launcher, watch_neighbour
 from experiments.launching.place import Place
-from experiments.stopping import Stop
+from experiments.launching.stopping import Stop
 from lumina_fn import errors
 from lumina_fn.errors import InputError
 from lumina_fn.process import out_of_memory

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from experiments import feature_folders
-from experiments.distributed import World
+from experiments.finetuning import feature_folders
+from experiments.launching.distributed import World
 from lumina_fn import data, prompt
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import ascend_env, migration_commands, migration_fields, migration_shell
-from experiments.migration_commands import Command
-from experiments.migration_fields import Line, refuse
-from experiments.migration_shell import Script
+from experiments import ascend_env
+from experiments.migration import command_lines, field_rules, shell
+from experiments.migration.command_lines import Command
+from experiments.migration.field_rules import Line, refuse
+from experiments.migration.shell import Script
 from lumina_fn import sources
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, foreign
@@ -64,27 +65,27 @@ def read(folder: Path) -> Guide:
     _check_program(extract, "get_lumina_feature.py", lines)
     _check_program(train, "pretrain_lumina.py", lines)
     files = [
-        (extract, "--mm-data", "feature_extract/data.json", migration_fields.DATA),
-        (extract, "--mm-model", "feature_extract/model.json", migration_fields.AE),
-        (extract, "--mm-tool", "mindspeed_mm/tools/tools.json", migration_fields.TOOLS),
-        (train, "--mm-data", "feature_data.json", migration_fields.FEATURE_DATA),
-        (train, "--mm-model", "model.json", migration_fields.MODEL),
+        (extract, "--mm-data", "feature_extract/data.json", field_rules.DATA),
+        (extract, "--mm-model", "feature_extract/model.json", field_rules.AE),
+        (extract, "--mm-tool", "mindspeed_mm/tools/tools.json", field_rules.TOOLS),
+        (train, "--mm-data", "feature_data.json", field_rules.FEATURE_DATA),
+        (train, "--mm-model", "model.json", field_rules.MODEL),
     ]
     tables = [(name, rules, _json(root, base, part, flag, name)) for part, flag, name, rules in files]
     sizes = _sizes(root, train)
     found: dict[str, dict[str, Any]] = {}
     for name, rules, values in tables:
-        judged, found[name] = migration_fields.judge(name, rules, values, sizes)
+        judged, found[name] = field_rules.judge(name, rules, values, sizes)
         lines += judged
-    for part, rules in ((extract, migration_fields.EXTRACT_FLAGS), (train, migration_fields.TRAIN_FLAGS)):
-        for kind, table, values in (("launch", migration_fields.LAUNCH, part.launch), ("flags", rules, part.flags)):
-            judged, found[f"{part.name} {kind}"] = migration_fields.judge(part.name, table, values, {})
+    for part, rules in ((extract, field_rules.EXTRACT_FLAGS), (train, field_rules.TRAIN_FLAGS)):
+        for kind, table, values in (("launch", field_rules.LAUNCH, part.launch), ("flags", rules, part.flags)):
+            judged, found[f"{part.name} {kind}"] = field_rules.judge(part.name, table, values, {})
             lines += judged
     set_env = sorted({word for part in parts for word in _set_env(part, lines)})
     environments = [_environment(part, lines) for part in parts]
     commands: list[Command] = []
     try:
-        commands = migration_commands.make(root, found, environments, lines)
+        commands = command_lines.make(root, found, environments, lines)
     except KeyError as error:
         if not any(line.field == error.args[0] for line in lines):
             refuse(lines, "the guide's files", str(error.args[0]), "", "is missing; give it")
@@ -113,7 +114,7 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 def _part(root: Path, path: Path, lines: list[Line]) -> _Part:
     path = dataset.find(os.path.relpath(path, root), [root])
-    script = migration_shell.read(path)
+    script = shell.read(path)
     launch, at = {}, 0
     while at < len(script.command) and script.command[at].startswith("-"):
         flag, equals, value = script.command[at].partition("=")
@@ -152,7 +153,7 @@ def _json(root: Path, base: Path, part: _Part, flag: str, name: str) -> dict[str
     problem = InputError(f"{part.script.path} gives no {flag}")
     for candidate in candidates:
         try:
-            return dict(migration_fields.flat(sources.read_json(dataset.find(candidate, [root]))))
+            return dict(field_rules.flat(sources.read_json(dataset.find(candidate, [root]))))
         except InputError as error:
             problem = InputError(f"{name}, as {part.name}'s {flag} {candidate}: {error}")
             if root.joinpath(candidate).exists():
@@ -184,7 +185,7 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
     """The exports that whoever reads them reads here too."""
     kept, variables = {}, {v.name for v in ascend_env.TABLE}
     for name, value in part.script.variables.items():
-        if isinstance(value, migration_shell.Unknown) and name not in part.script.exports:
+        if isinstance(value, shell.Unknown) and name not in part.script.exports:
             lines.append(Line(part.name, name, "", "not needed", f"{value}; nothing here depends on it"))
     for name in sorted(_VARIABLES.keys() & part.script.variables.keys()):
         value = part.script.variables[name]
@@ -196,7 +197,7 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
             continue
         try:
             value = part.script.value(name)
-        except migration_shell.Unknown as error:
+        except shell.Unknown as error:
             if name in part.script.variables and (name in variables or name.startswith(_KEPT)):
                 why = f"{error}: export what it comes to before you run commands.sh"
                 lines.append(Line(part.name, name, "", "yourself", why))

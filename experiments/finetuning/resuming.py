@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from experiments import feature_folders
-from experiments.distributed import World
-from experiments.run_folder import METRICS
+from experiments.finetuning import feature_folders
+from experiments.finetuning.run_folder import METRICS
+from experiments.launching.distributed import World
 from lumina_fn import train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, reading

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.migration_words import Piece, Statement, Unknown, end_of, flat, statements
+from experiments.migration.words import Piece, Statement, Unknown, end_of, flat, statements
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from experiments import devices
-from experiments.devices import Device
-from experiments.plan_report import GB, USABLE, aligned
+from experiments.planning import devices
+from experiments.planning.devices import Device
+from experiments.planning.report import GB, USABLE, aligned
 from lumina_fn.config import ModelConfig
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import Setup

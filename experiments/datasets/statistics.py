@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import dataset_duplicates
-from experiments.dataset_looks import Look
+from experiments.datasets import duplicates
+from experiments.datasets.inspection import Look
 from lumina_fn.errors import printable
 
 FORMAT = "lumina_fn/report/1"
@@ -89,7 +89,7 @@ def _spread(values: Sequence[int]) -> dict[str, Any] | None:
 
 def _prompts(looks: Sequence[Look], done: Sequence[Look]) -> dict[str, Any]:
     known = [look.prompt for look in looks if look.prompt is not None]
-    groups = dataset_duplicates.same(look.prompt or look.text_sha256 for look in done)
+    groups = duplicates.same(look.prompt or look.text_sha256 for look in done)
     return {
         "known": len(known),
         "empty": sum(not text.strip() for text in known),
@@ -101,10 +101,10 @@ def _prompts(looks: Sequence[Look], done: Sequence[Look]) -> dict[str, Any]:
 
 def _pictures(done: Sequence[Look], distance: int) -> dict[str, Any]:
     """Exact duplicates by hash of the file; near ones among pictures that are not exact duplicates of each other."""
-    exact = dataset_duplicates.same(look.sha256 for look in done)
+    exact = duplicates.same(look.sha256 for look in done)
     again = {i for group in exact for i in group[1:]}
     seen = [look for i, look in enumerate(done) if look.fingerprint and i not in again]
-    near = dataset_duplicates.near([look.fingerprint for look in seen], distance)
+    near = duplicates.near([look.fingerprint for look in seen], distance)
     return {
         "looked_at": sum(look.fingerprint is not None for look in done),
         "distance": distance,

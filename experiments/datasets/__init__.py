@@ -1,0 +1,8 @@
+"""What `experiments.dataset` is made of.
+
+inspection   what is known of each row
+duplicates   pictures that look alike
+statistics   what a dataset holds, as numbers and as text
+html         the same as one page
+verify       some pictures encoded again and compared
+"""

@@ -1,0 +1,7 @@
+"""Time and memory of a run, predicted.
+
+devices    peaks of devices, and the time of a step on them
+report     a plan as a table
+roofline   where communication is hidden behind computation
+memory     predicted and free memory of this run, and the message where memory is refused
+"""
