@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import shapes
+from tests.support import shapes
 
 # Code compiled by earlier runs is not trusted: a compiler that was killed leaves an empty library, which Inductor loads ever after.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # set where this is a worker: all of a session share one

@@ -26,8 +26,8 @@ from PIL import Image
 
 from lumina_fn import checkpoint, data, vq
 from lumina_fn.config import VQConfig
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tests/goldens/tokens/toy_tokenizer_bpe"
 VQ = VQConfig(channels=8, multipliers=(1, 1, 1, 1), res_blocks=1, codes=64, groups=4)
 SIZE = 32

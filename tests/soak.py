@@ -27,10 +27,10 @@ import torch.utils._pytree as pytree
 from lumina_fn import checkpoint, model
 from lumina_fn.config import ModelConfig
 from lumina_fn.state import manifest
-from tests import folders
-from tests.small_run import CODES, write_features
+from tests.support import folders
+from tests.support.paths import ROOT
+from tests.support.small_run import CODES, write_features
 
-ROOT = Path(__file__).parents[1]
 STEPS = 40  # of a run; then the next one begins
 START, TRAINING = 8.0, 4.0  # seconds of which a moment is drawn: since the launch, and since the first new checkpoint
 LAUNCH, END = 120, 30  # seconds at the most, until a first checkpoint and until all processes are gone

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 FLOORS = ("kernels", "ops", "lumina_fn", "experiments", "bench")  # each imports only floors before it
 FILES = [path.relative_to(ROOT) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 LINES = 300  # of a file that is read in one sitting

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from lumina_fn.errors import InputError
-from tests import project_copy
-from tests.project_copy import ROOT
+from tests.support import project_copy
+from tests.support.project_copy import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(

@@ -8,8 +8,8 @@ import torch
 
 from experiments import finetune, sample
 from lumina_fn import checkpoint, errors
-from tests import small_run
 from tests.ascend.npu_sim import NpuSim
+from tests.support import small_run
 
 DEMO = Path(__file__).parents[2] / "experiments" / "demo" / "assets"
 EXACT = ["--dtype", "float32"]

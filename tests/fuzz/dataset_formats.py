@@ -8,12 +8,12 @@ from experiments import pretokenize
 from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
-from tests import folders
 from tests.fuzz import pictures, tokenizers_small
 from tests.fuzz.law import CANARY
 from tests.fuzz.mutate import mutated
 from tests.fuzz.playground import Format, Ground, json_cases, roads
-from tests.small_run import CODES
+from tests.support import folders
+from tests.support.small_run import CODES
 
 
 def row_file(at: Ground, lines: bool) -> Format:

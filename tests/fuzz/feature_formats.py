@@ -10,12 +10,12 @@ from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
 from lumina_fn.features import foreign, shards
 from lumina_fn.features.parts import digest
-from tests import folders
 from tests.fuzz import pickles
 from tests.fuzz.containers import mutated_safetensors, mutated_torch_file, saved
 from tests.fuzz.law import CANARY
 from tests.fuzz.playground import Format, Ground, json_cases, roads
-from tests.small_run import CODES
+from tests.support import folders
+from tests.support.small_run import CODES
 
 
 def write_feature_sets(at: Ground) -> Path:

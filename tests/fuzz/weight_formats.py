@@ -12,10 +12,10 @@ from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
 from lumina_fn.features import shards
 from lumina_fn.formats import safe_pickle, tensor_files, torch_zip
-from tests import folders
 from tests.fuzz import pickles
 from tests.fuzz.containers import mutated_safetensors, mutated_torch_file, saved
 from tests.fuzz.playground import Format, Ground, json_cases, roads
+from tests.support import folders
 
 STATE = {key: tensor for key, tensor in folders.small_state().items() if ".layers.1." not in key}
 CONFIG = {**folders.SMALL, "num_hidden_layers": 1}

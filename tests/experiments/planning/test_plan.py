@@ -1,0 +1,161 @@
+"""What the command `plan` prints, and how it answers mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments import plan
+from lumina_fn import checkpoint, errors, model
+from tests.support import folders
+from tests.support.paths import ROOT
+from tests.support.planned_steps import TINY
+
+SLOW = pytest.mark.slow
+GROWING = (lambda n: 7 + 3 * n, lambda n: 5 * n + max(0, 9 * (n - 4)), lambda n: n * n, lambda n: 39 + n // 20)
+
+
+@pytest.mark.parametrize("grows", GROWING)
+@pytest.mark.parametrize("room", [0, 1, 10, 33, 40, 100])
+def test_the_largest_that_fits(grows, room):
+    assert plan.largest(grows, room, 20) == max((n for n in range(1, 21) if grows(n) <= room), default=0)
+
+
+SMALL = [
+    "--width",
+    "32",
+    "--heads",
+    "4",
+    "--layers",
+    "2",
+    "--hidden",
+    "48",
+    "--vocab",
+    "96",
+    "--seq",
+    "90",
+    "--compile",
+    "off",
+]
+PLAN = "import sys; from experiments import plan; plan.main(sys.argv[1:])"
+USED = "import resource; used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime, used.ru_maxrss * 1024)"
+
+
+def call(*flags: object, code: str = PLAN) -> str:
+    """What the command prints, in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@SLOW
+def test_a_table_has_a_column_for_each_number_of_devices():
+    lines = call("--devices", 1, 2, 16, *SMALL).splitlines()
+    table = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    assert {len(row) for row in table} == {4}
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in table}
+    assert rows["per device, of"] == ["1", "2", "16"]
+    assert "micro batches of 1 x 96 tokens (samples of 90, padded)" in lines
+    parameters = [float(cell.split()[0]) for cell in rows["parameters, MB"]]
+    assert parameters == sorted(parameters, reverse=True)
+
+
+@SLOW
+def test_json_holds_a_plan_for_each():
+    flags = ["--batch", 24, "--micro-batch", 2, "--strategy", "hybrid", "--shard-size", 2, "--json"]
+    two, four = json.loads(call("--devices", 2, 4, *SMALL, *flags))
+    for one in (two, four):
+        assert sum(one["at_peak"].values()) == one["peak"]
+        assert sum(one["seconds"].values()) == pytest.approx(one["step_seconds"])
+        assert one["at_peak"]["parameters"] == two["at_peak"]["parameters"]  # halves of a copy, on any number
+    assert (two["micro_batches"], four["micro_batches"]) == (6, 3)
+    assert four["seconds"]["reductions"] > 0
+
+
+@SLOW
+def test_this_machine_is_measured():
+    one, two = json.loads(call("--devices", 1, 2, *SMALL, "--device", "cpu", "--efficiency", 0.5, "--json"))
+    assert 0 < one["mfu"] < 0.5
+    assert two["seconds"]["compute"] == pytest.approx(2 * one["seconds"]["compute"])  # they share its cores
+
+
+def test_a_folder_needs_its_config_alone(tmp_path, capsys):
+    checkpoint.save_model(tmp_path / "native", model.init(TINY), TINY)
+    folders.write_hf(tmp_path / "hf", folders.small_state(), folders.SMALL)
+    for path in [*(tmp_path / "native").iterdir(), *(tmp_path / "hf").iterdir()]:
+        if path.name != "config.json":
+            path.unlink()
+    assert plan.read_config(tmp_path / "native") == TINY
+    assert plan.read_config(tmp_path / "hf").width == folders.SMALL["hidden_size"]
+    assert plan.main(["--devices", "1", "--model", str(tmp_path / "hf"), "--compile", "off", "--layers", "3"]) == 0
+    assert "3 layers, width 16, 4 heads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--devices 0", "--devices 0: expected"),
+        ("--devices 8 -2", "--devices -2: expected"),
+        ("--devices 12", "--devices 12: expected whole nodes of --devices-per-node 8"),
+        ("--devices two", "--devices"),
+        ("", "--devices"),
+        ("--devices 8 --layers -1", "--layers -1: expected"),
+        ("--devices 8 --seq 0", "--seq 0: expected"),
+        ("--devices 8 --micro-batch 0", "--micro-batch 0: expected"),
+        ("--devices 8 --width 100", "width 100 / heads 32: expected an even whole number"),
+        ("--devices 8 --kv-heads 5", "kv heads 5: expected a divisor of the 32 heads"),
+        ("--devices 8 --device 910C", "--device 910C: expected one of 910B,"),
+        ("--devices 8 --efficiency 1.5", "--efficiency 1.5: expected a fraction"),
+        ("--devices 8 --efficiency 0", "--efficiency 0.0: expected a fraction"),
+        ("--devices 8 --strategy hybrid --shard-size 3", "--shard-size 3: expected a divisor of the 8 devices"),
+        ("--devices 8 --strategy zero9", "zero9"),
+        ("--devices 8 --model nowhere", "nowhere/config.json: No such file"),
+        ("--devices 8 --model experiments/demo/assets/vq", "describes no Lumina transformer"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: plan.main(flags.split()))
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert message in line
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[str]:
+    """What the command prints of the 7B, and in the last line what that took."""
+    return call("--devices", 8, 16, 64, code=f"{PLAN}; {USED}").splitlines()
+
+
+@SLOW
+def test_the_7b_is_planned_in_seconds_and_not_allocated(shown):
+    seconds, size = map(float, shown[-1].split())
+    assert seconds < 60  # of a processor: others may be using it too
+    assert size < 1e9
+
+
+@SLOW
+def test_the_readmes_table_is_what_is_printed(shown):
+    """Some of its rows are left out there."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| per device, of") :].split("\n\n")[0].splitlines()
+    printed = [line for line in shown if line.startswith("|")]
+    assert table == [line for line in printed if line in table]
+
+
+@SLOW
+def test_the_readmes_roofline_is_what_is_printed_and_what_plan_says():
+    flags = ("--devices", 8, "--seq", 1024)
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    printed = [cells(line) for line in call(*flags, "--roofline").splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text()
+    told = readme[readme.index("| MFU (peak memory, GB), of") :].split("\n\n")[:2]
+    assert [row[:2] for row in map(cells, "\n".join(told).splitlines()) if "---" not in row[0]] == [
+        row for row in printed if "---" not in row[0]
+    ]
+    prefetched = ("--forward-prefetch", "--backward-prefetch", "--micro-batch", 4, "--strategy", "sdp", "--json")
+    [one] = json.loads(call(*flags, *prefetched))
+    assert ["sdp, micro batch 4", f"{one['mfu']:.1%} ({one['peak'] / 1e9:.0f})"] in printed

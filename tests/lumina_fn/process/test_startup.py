@@ -1,0 +1,67 @@
+"""How a command ends that is interrupted, or that nobody listens to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.paths import ROOT
+
+HELP = [sys.executable, "-m", "experiments.finetune", "--help"]
+TINY = [sys.executable, "-m", "experiments.dataset", "report", "experiments/demo/assets/lm/config.json"]
+
+
+@pytest.mark.parametrize("wait", [0.1, 0.2, 0.4, 0.7, 1.1, 1.6])
+def test_ctrl_c_while_a_command_imports(wait):
+    """At once, without a traceback; before Python has read its own files there is nothing that could answer."""
+    child = subprocess.Popen(TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(wait)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=30)
+    done = child.returncode == 0 and "near-duplicates" in said  # it was faster
+    assert done or child.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in said
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["experiments.pretokenize x y", "lumina_fn.convert x y --to hf"])
+def test_memory_that_is_refused_while_a_command_imports(command):
+    """PyTorch's library alone takes more; a program like it ends with Python's own exit code."""
+    ended = shell(f"ulimit -v 300000; {sys.executable} -m {command}")
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert ended.stderr.startswith("error: out of memory: ")
+
+
+def test_an_output_that_cannot_be_written():
+    command = " ".join(HELP)
+    full = shell(f"{command} > /dev/full")
+    assert (full.returncode, full.stderr) == (1, "error: cannot write to standard output: No space left on device; what was asked for may be done: look at its folder\n")  # fmt: skip
+    closed = shell(f"set -o pipefail; {command} | head -1")
+    assert (closed.returncode, closed.stderr, closed.stdout.count("\n")) == (0, "", 1)
+    for stream in ("2>/dev/full", "2>&-", ">&- 2>&-"):
+        assert shell(f"{sys.executable} -m experiments.finetune --modle x {stream}").returncode == 2
+
+
+def test_what_compiles_nothing_does_not_wait_for_the_compiler():
+    """Its imports take two seconds."""
+    code = """
+import sys
+from experiments import pretokenize, sample, dataset
+from lumina_fn import config, convert, model, vq
+model.init(config.LUMINA_7B, device="meta")
+vq.init(config.VQConfig(), device="meta")
+assert not {"torch._dynamo", "torch._functorch.aot_autograd"} & set(sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_importing_the_package_changes_no_handler():
+    code = "import signal; a = signal.getsignal(2); import lumina_fn, experiments; assert signal.getsignal(2) is a"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, check=False).returncode == 0

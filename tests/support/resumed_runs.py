@@ -1,0 +1,63 @@
+"""A small run of `finetune` in a process of its own, and training states to save, restore and compare.
+
+The fixture's function has a name of its own, so that a test's argument hides no import.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+from lumina_fn import model, sharding, train
+from lumina_fn.config import ModelConfig
+from tests.experiments.launching.test_launch import rows
+from tests.support.paths import ROOT
+from tests.support.small_run import write_inputs
+
+TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
+OPT = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
+
+
+@pytest.fixture(scope="session", name="inputs")
+def written_inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("resume"))
+
+
+# 7 items in steps of 3, 3 and 1.
+RUN = ["--log-every", 1, "--batch", 3, "--caption-drop", 0.5, "--lr", 1e-2, "--noise-scale-every", 2, "--keep", 3]
+
+
+def finetune(inputs, out: Path, *flags, code: int = 0) -> str:
+    """The command in a process of its own; what it says."""
+    command = [sys.executable, "-m", "experiments.finetune", *inputs, "--out", out, *RUN, *flags]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def numbers(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(out)]
+
+
+def assert_same_bits(a, b) -> None:
+    assert pytree.tree_structure(a) == pytree.tree_structure(b)
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        assert torch.equal(x, y)
+
+
+def random_state(seed: int = 0) -> train.TrainState:
+    state = train.init_state(model.init(TINY, seed=seed), OPT)
+    generator = torch.Generator().manual_seed(seed)
+    noise = lambda tree: pytree.tree_map(lambda x: torch.randn(x.shape, generator=generator), tree)
+    return state._replace(step=torch.tensor(9), mu=noise(state.mu), nu=noise(state.nu), skipped=torch.tensor(2))
+
+
+def cut(state: train.TrainState, mesh) -> train.TrainState:
+    parts = lambda tree: model.over_units(lambda unit: sharding.shard(unit, mesh), tree)
+    return state._replace(params=parts(state.params), mu=parts(state.mu), nu=parts(state.nu))
