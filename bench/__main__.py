@@ -15,10 +15,10 @@ from typing import Annotated
 
 from bench import ceilings, checkpoint, convert, decoding, fsdp, language, pictures, startup, table
 from bench.harness import Row
-from experiments.settings import parse
-from lumina_fn import errors
 from lumina_fn.disk import files
 from lumina_fn.errors import InputError
+from lumina_fn.process import entry
+from lumina_fn.process.flags import parse
 
 RESULTS = Path(__file__).parent / "results.json"
 README = RESULTS.parents[1] / "README.md"
@@ -65,4 +65,4 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -17,11 +17,12 @@ from typing import Annotated
 import numpy as np
 
 from experiments.launching import processes
-from experiments.settings import parse
-from lumina_fn import data, errors, model, train
+from lumina_fn import data, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.features import batches, shards
 from lumina_fn.features.mixing import Mixture
+from lumina_fn.process import entry
+from lumina_fn.process.flags import parse
 from lumina_fn.vocab import Ids
 
 IDS = Ids(start=1, end=2, newline=3, sep=4, size0=5, code0=1024, codes=16_384)
@@ -147,4 +148,4 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments import pretokenize, settings
 from experiments.demo import tasks
 from experiments.pretokenizing import shard_claims
 from experiments.pretokenizing.encoding import encode_shards
+from experiments.pretokenizing.rows import Recipe, prepare
+from experiments.pretokenizing.run import encoder
 from experiments.pretokenizing.shard_claims import Shard
-from lumina_fn import errors, images, prompt, vq
+from lumina_fn import images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.features import shards
+from lumina_fn.process import entry, flags
 
 MODEL = tasks.LM
 CFG = VQConfig(channels=32)
@@ -41,13 +43,13 @@ class Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    run = settings.parse(Settings, __doc__, argv)
+    run = flags.parse(Settings, __doc__, argv)
     tokenizer = prompt.load_tokenizer(MODEL)
-    encode = pretokenize.encoder(vq.init(CFG, seed=0), CFG, torch.device("cpu"))
+    encode = encoder(vq.init(CFG, seed=0), CFG, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         rows = _draw(folder, run.pictures)
-        ready = lambda i: pretokenize.prepare(i, rows[i], [folder], tokenizer, run.size, 0)
+        ready = lambda i: prepare(i, rows[i], Recipe([folder], tokenizer, run.size, 0))
 
         def whole(out: Path) -> float:
             (out / shard_claims.CLAIMS).mkdir(parents=True)
@@ -91,4 +93,4 @@ def _draw(folder: Path, count: int) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -21,9 +21,10 @@ import torch.utils._pytree as pytree
 from torch._inductor import config as inductor_config
 
 from experiments.launching import processes
-from experiments.settings import parse
-from lumina_fn import checkpoint, errors, model, sharding, train
+from lumina_fn import checkpoint, model, sharding, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.process import entry
+from lumina_fn.process.flags import parse
 
 DEEP = ModelConfig(vocab=8192, width=512, layers=12, heads=8, kv_heads=8, hidden=1408)
 MB = 1e6
@@ -107,4 +108,4 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

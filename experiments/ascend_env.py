@@ -1,12 +1,11 @@
 """What an NPU is told through the environment: the variables of the MindSpeed-MM guide's table, what each may be, and what it is.
 
-    python -m experiments.ascend_env
+    lumina ascend-env
 
 prints them all with the values in force, and exits 2 where one is out of its range. Commands that compute on an NPU do the same when they start.
 Nothing here needs torch: it also runs where torch_npu finds no CANN.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from lumina_fn import errors
 from lumina_fn.errors import InputError
+from lumina_fn.process import entry, flags
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,13 @@ def check(environment: Mapping[str, str], mode: str, say: Callable[[str], None])
         say(f"warning: {problem}")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """It has no flags of its own."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    flags.parse(Settings, __doc__, argv)
     for variable, line in zip(TABLE, effective(os.environ), strict=True):
         print(f"{errors.printable(line)}\n    {variable.meaning}; {variable.values}")
     check(os.environ, "error", print)
@@ -128,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

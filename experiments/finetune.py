@@ -1,6 +1,6 @@
 """Fine-tune a model on features made by experiments.pretokenize.
 
-    python -m experiments.finetune --model DIR --features DIR --out DIR
+    lumina finetune --model DIR --features DIR --out DIR
     torchrun --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
 
 OUT receives metrics.jsonl and checkpoints/ while it runs and model/, a native folder, at the end. The same command goes on
@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiments import settings
 from experiments.finetuning.settings import Settings
 from experiments.launching import start
-from lumina_fn.process import startup
+from lumina_fn.process import flags, startup
 
 if TYPE_CHECKING:
     from experiments.launching.distributed import World
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
     """Returns the exit code."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
-    run = settings.parse(Settings, __doc__, argv)
+    run = flags.parse(Settings, __doc__, argv)
     with startup.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
         from experiments.finetuning import loop
         from experiments.launching import distributed
@@ -39,6 +38,7 @@ def _embedded_default(world: "World | None") -> list[str]:
         from experiments.demo import tasks
 
     if world is None or world.rank == 0:
+        print(tasks.ABOUT, file=sys.stderr, flush=True)
         tasks.finetune_arguments()
     if world is not None:
         world.barrier()

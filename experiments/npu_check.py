@@ -1,6 +1,6 @@
 """Check what only an Ascend NPU can show; say SKIPPED, with the reason, where there is none.
 
-    python -m experiments.npu_check
+    lumina npu-check
 
 On an NPU: every op and dtype by the kernels that are registered for it, and by our Triton kernels where triton-ascend is installed;
 a small model's training steps and its decoding; its exported step, compiled for the graph engine; collectives, where there are
@@ -8,246 +8,27 @@ two NPUs. Truth is float64 on the CPU, and the measure what the same precision c
 one in the end. Exits 0 where it skips, 1 where something failed.
 """
 
-import importlib.util
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-import torch.utils._pytree as pytree
-from torch import Tensor
-
-import ops  # noqa: F401  (it registers torch.ops.lumina)
-from experiments.launching import processes
-from kernels import bench, cases, npu
-from lumina_fn import decode, errors, model, programs, train
-from lumina_fn.config import ModelConfig
-from lumina_fn.train import Batch, Packed
-from ops import collectives
-
-CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
-OPT = train.AdamW(lr=1e-3, decay=0.1, clip=1.0)
-B, T, SLOTS = 2, 12, 16
-WAIT = timedelta(minutes=5)  # for the other device
+from lumina_fn.process import entry, flags, startup
 
 
-class Check(NamedTuple):
-    name: str
-    run: Callable[[], None]  # raises where something is wrong
-
-
-class Wrong(Exception):
-    """What was found, and what was expected."""
-
-
-def run(checks: Sequence[Check], say: Callable[[str], None] = print) -> int:
-    """How many failed. What goes wrong in one, whatever it is, stops no other."""
-    failed = 0
-    for name, check in checks:
-        try:
-            check()
-            say(f"{name}: ok")
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            say(f"{name}: FAILED: {reason if isinstance(error, Wrong) else f'{type(error).__name__}: {reason}'}")
-            failed += 1
-    say(f"rung 7: RAN {len(checks)} checks, {failed} FAILED")
-    return failed
-
-
-def of_ops(device: torch.device) -> list[Check]:
-    """Every op in every dtype that the device takes."""
-    sides = {"registered": torch.ops.lumina}
-    if npu.triton_ascend():
-        sides["triton"] = bench.triton_kernels()
-    return [
-        Check(f"{op}, {str(dtype).removeprefix('torch.')}, {side}", partial(_op, case, kernels, dtype, device))
-        for side, kernels in sides.items()
-        for op, case in cases.cases(cases.SIZES["tiny"]).items()
-        for dtype in case.dtypes
-        if all(hasattr(kernels, call.kernel) for call in case.calls)
-    ]
-
-
-def _op(case: cases.Case, kernels: Any, dtype: torch.dtype, device: torch.device) -> None:
-    results = case.run(kernels, case.inputs(dtype, device))
-    for got, wanted in zip(results, cases.expected(case, dtype), strict=True):
-        for output, found, eager, bound in cases.errors(got, wanted):
-            _within(output, found, eager, bound)
-
-
-def _within(what: str, found: float, eager: float, bound: float) -> None:
-    if not found <= bound:
-        raise Wrong(f"{what}: off by {found:.1e}, expected at most {bound:.1e} (the CPU's is off by {eager:.1e})")
-
-
-def of_the_model(device: torch.device) -> list[Check]:
-    """Training steps of all kinds, and decoding."""
-    float32, bfloat16 = torch.float32, torch.bfloat16
-    kinds = {
-        "a step": (batch(), float32, {}),
-        "a step with packed documents": (batch(packed=True), float32, {}),
-        "a step with remat": (batch(), float32, {"remat": True}),
-        "a step that donates its state": (batch(), float32, {"donate": True}),
-        "a step in bfloat16": (batch(), bfloat16, {"dtype": bfloat16}),
-        "a step in bfloat16 with packed documents": (batch(packed=True), bfloat16, {"dtype": bfloat16}),
-    }
-    steps = [
-        Check(name, partial(_same, partial(_stepped, options, rows), dtype, float32, device))
-        for name, (rows, dtype, options) in kinds.items()
-    ]
-    decodings = [
-        Check(f"decoding, {str(dtype).removeprefix('torch.')}", partial(_same, _decoded, dtype, dtype, device))
-        for dtype in (float32, bfloat16)
-    ]
-    return [*steps, *decodings]
-
-
-def params() -> model.Params:
-    """Random ones whose gains and biases do something."""
-    generator = torch.Generator().manual_seed(0)
-    return pytree.tree_map(lambda x: x + 0.02 * torch.randn(x.shape, generator=generator), model.init(CFG))
-
-
-def batch(packed: bool = False) -> Batch | Packed:
-    tokens, labels = torch.randint(12, CFG.vocab, (2, B, T), generator=torch.Generator().manual_seed(1))
-    labels[0, :3] = -100
-    return Packed(tokens, labels, torch.tensor([[0] * 5 + [5] * 7, [0] * T])) if packed else Batch(tokens, labels)
-
-
-def _on(device: torch.device | str, tree: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copies: a donated state is written over."""
-    return pytree.tree_map(lambda x: x.to(device, dtype if x.is_floating_point() else None, copy=True), tree)
-
-
-def _stepped(options: dict[str, Any], rows: Batch | Packed, params: model.Params, exact: bool) -> dict[str, Any]:
-    """What a step makes of parameters. Those after it are left out: AdamW's first step magnifies what rounds a tiny gradient."""
-    device = params.embed.device
-    options = {name: value for name, value in options.items() if not (exact and name == "dtype")}
-    state, metrics = train.make_train_step(CFG, OPT, **options)(train.init_state(params, OPT), _on(device, rows))
-    return {"loss": metrics["loss"], "gradients": state.mu, "their squares": state.nu}
-
-
-def _decoded(params: model.Params, exact: bool) -> dict[str, Any]:
-    """Prompts of two lengths, then a token more in each row twice."""
-    device = params.embed.device
-    ids = lambda *some: torch.tensor(some, device=device)
-    cache = decode.empty_cache(params, CFG, 2, SLOTS)
-    prefilled = decode.prefill(params, [ids(13, 14, 15), ids(16, 17, 18, 19, 20)], cache, CFG)
-    extended = decode.extend(params, ids([17], [19]), [3, 5], cache, CFG)
-    logits, cache = decode.step(params, ids(21, 22), ids(4, 6), cache, CFG)
-    visible = [i for i in range(CFG.vocab) if i not in CFG.masked_ids]
-    return {"prefill": prefilled, "extend": extended, "logits": logits[:, visible], "cache": cache}
-
-
-def _same(
-    make: Callable[[model.Params, bool], dict[str, Any]], dtype: torch.dtype, of_params: torch.dtype, device: torch.device
-) -> None:  # fmt: skip
-    """What is made on the device is as near to float64 as what is made on the CPU in this dtype, parameters being of theirs."""
-    given = _on("cpu", params(), of_params)
-    found = _on("cpu", make(_on(device, given), False))
-    _nearby(found, make(_on("cpu", given), False), make(_on("cpu", given, torch.float64), True), dtype)
-
-
-def _nearby(found: Any, eager: Any, exact: Any, dtype: torch.dtype) -> None:
-    """Every leaf of `found` is off by twice eager's distance at the most, and by what rounding it costs.
-
-    Of a bias of a few numbers eager's distance may be small by luck: what its output's leaves are off by in the middle counts too.
-    """
-    far = lambda x, true: ((x.double() - true).norm() / true.norm()).item()
-    for output, tree in exact.items():
-        paths, _ = pytree.tree_flatten_with_path(tree)
-        trees = map(pytree.tree_leaves, (found[output], eager[output]))
-        off = [(path, far(got, true), far(other, true)) for (path, true), got, other in zip(paths, *trees, strict=True)]
-        usual = statistics.median(other for _, _, other in off)
-        for path, got, other in off:
-            name = output + pytree.keystr(path)
-            _within(name, got, other, 2 * max(other, usual) + torch.finfo(dtype).eps)
-
-
-def of_the_graph(device: torch.device) -> list[Check]:
-    """Exported steps, compiled as a whole."""
-    return [
-        Check(f"the exported step{' with packed documents' * packed}, compiled", partial(_compiled, device, packed))
-        for packed in (False, True)
-    ]
-
-
-def _compiled(device: torch.device, packed: bool) -> None:
-    from kernels import ascend_graph  # only where torch_npu is installed
-
-    function = programs.step(CFG, OPT, batch=B, tokens=T, dtype=torch.float32, packed=packed)
-    state, rows = train.init_state(params(), OPT), batch(packed)
-    inputs = programs.StepInputs(state, rows, torch.tensor(OPT.lr))
-    found = ascend_graph.compiled(programs.export(function, programs.NPU).program)(*_leaves(device, inputs))
-    told = lambda made: {"loss": made["metrics"]["loss"], "mu": made["state"].mu, "nu": made["state"].nu}
-    eager = _on("cpu", function.fn(*_on(device, inputs)))
-    found = pytree.tree_unflatten(_on("cpu", list(found)), pytree.tree_structure(eager))
-    exact = function.fn(*_on("cpu", inputs, torch.float64))
-    _nearby(told(found), told(eager), told(exact), torch.float32)
-
-
-def _leaves(device: torch.device, tree: Any) -> list[Tensor]:
-    return pytree.tree_leaves(_on(device, tree))
-
-
-def of_two_devices(kind: str) -> list[Check]:
-    """Collectives of two ranks, each with a device of its own."""
-    return [Check("collectives of 2 ranks", partial(_together, kind))]
-
-
-def _together(kind: str) -> None:
-    if faults := [fault for some in processes.run(2, collectives_faults, kind) for fault in some]:
-        raise Wrong("; ".join(faults))
-
-
-def collectives_faults(rank: int, size: int, kind: str) -> list[str]:
-    """What is not as arithmetic says, on this rank."""
-    device = torch.device(kind, rank) if kind != "cpu" else torch.device(kind)
-    if kind != "cpu":
-        torch.accelerator.set_device_index(rank)
-    whole = dist.new_group(backend=dist.get_default_backend_for_device(device), timeout=WAIT)
-    group = whole.group_name, size
-    part = lambda r: torch.arange(6.0) + 10 * r
-    own, total = part(rank).to(device), sum(part(r) for r in range(size))
-    pairs = {
-        "all_gather": (collectives.all_gather(own, group), torch.cat([part(r) for r in range(size)])),
-        "reduce_scatter": (collectives.reduce_scatter(own, group), total.chunk(size)[rank]),
-        "all_reduce": (collectives.all_reduce(own, group), total),
-    }
-    return [
-        f"{name} on rank {rank}: {got.tolist()}, expected {wanted.tolist()}"
-        for name, (got, wanted) in pairs.items()
-        if not torch.equal(got.cpu(), wanted)
-    ]
-
-
-def missing() -> str | None:
-    """Why nothing can be checked here, or None where an NPU is."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return "torch_npu is not installed"
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is not None and found.type == "npu" else "no NPU is available"
-
-
-def checks() -> Iterator[Check]:
-    device = torch.device("npu", torch.accelerator.current_device_index())
-    yield from (*of_ops(device), *of_the_model(device), *of_the_graph(device))
-    if torch.accelerator.device_count() >= 2:
-        yield from of_two_devices("npu")
-    else:
-        print("collectives: SKIPPED: one NPU is here, and they need two")
+@dataclass(frozen=True)
+class Settings:
+    """It has no flags of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if reason := missing():
+    flags.parse(Settings, __doc__, argv)
+    with startup.importing():
+        from experiments.ascend import checks
+
+    if reason := checks.missing():
         print(f"rung 7: SKIPPED: {reason}; nothing was checked")
         return 0
-    return 1 if run(list(checks())) else 0
+    return 1 if checks.run(list(checks.checks())) else 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

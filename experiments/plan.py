@@ -1,73 +1,33 @@
 """What training takes before it is launched: memory and time per device, for any model and number of devices.
 
-    python -m experiments.plan --devices 8 16 64
+    lumina plan --devices 8 16 64
 
 Nothing is allocated: memory is that of a step walked on tensors without storage, time is FLOPs and bytes over a device's peaks.
 Flags that experiments.finetune has too mean the same.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
+from lumina_fn import vocab
+from lumina_fn.process import entry, flags, startup
+from lumina_fn.process.flags import Group
 
-from experiments import settings
-from experiments.finetuning.settings import REMAT_FROM
-from experiments.planning import devices, report, roofline
-from experiments.planning.devices import CPU, DEVICES, Device
-from experiments.planning.report import MOST, USABLE, Plan
-from lumina_fn import errors, sources, vocab
-from lumina_fn.config import LUMINA_7B, ModelConfig
-from lumina_fn.costs import cost, footprint
-from lumina_fn.costs.cost import Setup
-from lumina_fn.errors import InputError
-from lumina_fn.features import batches
-from lumina_fn.formats import hf_config
-from lumina_fn.formats.hf_config import LARGEST
-
-PICTURE = vocab.image_length(96, 96)  # of 768 x 768 pixels
+PICTURE = vocab.image_length(96, 96)  # tokens of 768 x 768 pixels
 CAPTION = 184  # tokens of a long one, and of what stands around it
-SIZES = ("layers", "width", "heads", "kv_heads", "hidden", "vocab", "max_positions")
+DEVICES = ("910B", "910B-354", "910B-246", "A100", "H100")
 Type = Literal["auto", "float64", "float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    devices: Annotated[tuple[int, ...], "how many; several numbers give a table"]
-    model: Annotated[Path | None, "a model's folder, of which config.json is read (default: Lumina-mGPT 2.0, 7B)"] = (
-        None
-    )
-    layers: Annotated[int | None, "instead of the model's"] = None
-    width: Annotated[int | None, "instead of the model's"] = None
-    heads: Annotated[int | None, "instead of the model's"] = None
-    kv_heads: Annotated[int | None, "instead of the model's; as --heads where the model has as many of both"] = None
-    hidden: Annotated[int | None, "the MLP's width, instead of the model's"] = None
-    vocab: Annotated[int | None, "instead of the model's"] = None
-    max_positions: Annotated[int | None, "instead of the model's"] = None
-    seq: Annotated[int, "tokens of a sample, padded as finetune pads: a picture of 768 x 768 and its caption"] = (
-        PICTURE + CAPTION
-    )
-    micro_batch: Annotated[int, "samples per forward and backward of a device"] = 1
-    batch: Annotated[int | None, "samples per step, over all devices (default: a micro batch for each)"] = None
-    strategy: Annotated[Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"], "as in finetune"] = "fsdp"
-    devices_per_node: Annotated[int, "that are linked directly"] = 8
-    shard_size: Annotated[
-        int | None, "devices that share a copy under hybrid strategies (default: those of a node)"
-    ] = None
-    dtype: Annotated[Type, "of compute; auto: float32 on a CPU, else bfloat16"] = "auto"
-    param_dtype: Annotated[Type, "of gathered parameters; auto: that of compute"] = "auto"
-    reduce_dtype: Annotated[Type, "of gradients while they are summed; auto: float32, float64 where compute is"] = (
-        "auto"
-    )
-    remat: Annotated[bool | None, "recompute in the backward (default: for a billion parameters and more)"] = None
-    compile: Annotated[Literal["off", "blocks"], "what is compiled"] = "blocks"
-    sync: Annotated[bool, "sum gradients over devices after each micro batch; if not, once a step"] = True
-    forward_prefetch: Annotated[bool, "gather the next block's parameters while one computes"] = False
-    backward_prefetch: Annotated[bool, "the same on the way back"] = False
+    devices: Annotated[
+        tuple[int, ...], "how many; several numbers give a table", Group("devices", "--devices 8 16 --device 910B")
+    ]
     device: Annotated[str, f"{', '.join(DEVICES)}, or cpu: this machine, measured"] = "910B"
+    devices_per_node: Annotated[int, "that are linked directly"] = 8
     efficiency: Annotated[float | None, "of the device's peak FLOPs that are reached (default: 0.4; 0.7 on a CPU)"] = (
         None
     )
@@ -75,157 +35,52 @@ class Settings:
         bool, "instead: the share of the device's peak by strategy and micro batch, and where communication hides"
     ] = False
     json: Annotated[bool, "print a list of objects instead of a table, sizes in bytes"] = False
+    model: Annotated[
+        Path | None,
+        "a model's folder, of which config.json is read (default: Lumina-mGPT 2.0, 7B)",
+        Group("model", "--model runs/lm --layers 24"),
+    ] = None
+    layers: Annotated[int | None, "instead of the model's"] = None
+    width: Annotated[int | None, "instead of the model's"] = None
+    heads: Annotated[int | None, "instead of the model's"] = None
+    kv_heads: Annotated[int | None, "instead of the model's; as --heads where the model has as many of both"] = None
+    hidden: Annotated[int | None, "the MLP's width, instead of the model's"] = None
+    vocab: Annotated[int | None, "instead of the model's"] = None
+    max_positions: Annotated[int | None, "instead of the model's"] = None
+    seq: Annotated[
+        int,
+        "tokens of a sample, padded as finetune pads: a picture of 768 x 768 and its caption",
+        Group("training step", "--seq 4096 --micro-batch 2 --remat"),
+    ] = PICTURE + CAPTION
+    micro_batch: Annotated[int, "samples per forward and backward of a device"] = 1
+    batch: Annotated[int | None, "samples per step, over all devices (default: a micro batch for each)"] = None
+    dtype: Annotated[Type, "of compute; auto: float32 on a CPU, else bfloat16"] = "auto"
+    param_dtype: Annotated[Type, "of gathered parameters; auto: that of compute"] = "auto"
+    reduce_dtype: Annotated[Type, "of gradients while they are summed; auto: float32, float64 where compute is"] = (
+        "auto"
+    )
+    remat: Annotated[bool | None, "recompute in the backward (default: for a billion parameters and more)"] = None
+    compile: Annotated[Literal["off", "blocks"], "what is compiled"] = "blocks"
+    strategy: Annotated[
+        Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
+        "as in finetune",
+        Group("sharding", "--strategy hybrid --shard-size 8"),
+    ] = "fsdp"
+    shard_size: Annotated[
+        int | None, "devices that share a copy under hybrid strategies (default: those of a node)"
+    ] = None
+    sync: Annotated[bool, "sum gradients over devices after each micro batch; if not, once a step"] = True
+    forward_prefetch: Annotated[bool, "gather the next block's parameters while one computes"] = False
+    backward_prefetch: Annotated[bool, "the same on the way back"] = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run = settings.parse(Settings, __doc__, argv)
-    _check(run)
-    cfg, compute = _config(run), _dtype(run.dtype, torch.float32 if run.device == CPU else torch.bfloat16)
-    device = devices.cpu(compute) if run.device == CPU else DEVICES[run.device]
-    device = replace(device, reached=run.efficiency or device.reached)
-    setups = [_setup(run, cfg, n, compute) for n in run.devices]
-    if run.roofline:
-        print("\n".join(roofline.lines(cfg, setups, device, run.devices_per_node)))
-        return 0
-    plans = [plan(cfg, setup, _own(run, device, setup.devices), run.devices_per_node) for setup in setups]
-    if run.json:
-        print(json.dumps([asdict(plan) for plan in plans], indent=2))
-        return 0
-    about = report.facts(cfg, setups[0], device, run.device, run.devices_per_node, run.seq)
-    print("\n".join([*about, "", *report.table(plans), "", *report.notes(device, run.device, compute)]))
-    return 0
+    run = flags.parse(Settings, __doc__, argv)
+    with startup.importing():
+        from experiments.planning import plan
 
-
-def plan(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> Plan:
-    """A training step's memory and time on one of its devices, of which so many are in a node."""
-    moments = footprint.memory(cfg, setup)
-    moment, at_peak = max(moments.items(), key=lambda item: item[1].total())
-    seconds = devices.seconds(cfg, setup, device, per_node)
-    step, samples = sum(seconds.values()), setup.micro_batches * setup.micro_batch
-    flops = cost.flops(cfg, setup.tokens) * samples * setup.tokens
-    return Plan(
-        devices=setup.devices,
-        micro_batches=setup.micro_batches,
-        peak=at_peak.total(),
-        moment=moment,
-        at_peak={label: at_peak[label] for label in footprint.LABELS},
-        at_most={label: max(by_label[label] for by_label in moments.values()) for label in footprint.LABELS},
-        of_memory=at_peak.total() / device.memory,
-        kept_by_block=footprint.kept(cfg, replace(setup, remat=False)),
-        kept_by_block_with_remat=footprint.kept(cfg, replace(setup, remat=True)),
-        whole_units=cost.whole_units(cfg, setup),
-        largest_micro_batch=largest(
-            lambda n: footprint.peak(cfg, replace(setup, micro_batch=n)), USABLE * device.memory, MOST
-        ),
-        model_flops=flops,
-        seconds=seconds,
-        step_seconds=step,
-        tokens_per_second=samples * setup.tokens / step,
-        samples_per_second=setup.devices * samples / step,
-        mfu=flops / step / device.flops,
-    )
-
-
-def largest(size: Callable[[int], int], room: float, most: int) -> int:
-    """The largest n up to `most` with size(n) <= room, 0 where none is; by secants, since size grows almost evenly."""
-    fits, fails, guess, known = 0, most + 1, 1, {}
-    while fits + 1 < fails:
-        n = min(max(guess, fits + 1), fails - 1)
-        known[n] = size(n)
-        fits, fails = (n, fails) if known[n] <= room else (fits, n)
-        (a, first), (b, last) = min(known.items()), max(known.items())
-        guess = a + int((room - first) * (b - a) / max(last - first, 1)) if a < b else 2
-    return fits
-
-
-def _setup(run: Settings, cfg: ModelConfig, n: int, compute: torch.dtype) -> Setup:
-    shard_size = run.shard_size or min(run.devices_per_node, n)
-    if run.strategy.startswith("hybrid") and n % shard_size:
-        raise InputError(f"--shard-size {shard_size}: expected a divisor of the {n} devices")
-    if n > run.devices_per_node and n % run.devices_per_node:
-        raise InputError(f"--devices {n}: expected whole nodes of --devices-per-node {run.devices_per_node}")
-    tokens = min(batches.bucket(min(run.seq, cfg.max_positions)), cfg.max_positions)
-    taken = setup_of(run, cfg, tokens, compute, run.device == CPU)
-    share = -(-(run.batch or n * run.micro_batch) // n)
-    return replace(taken, devices=n, shard_size=shard_size, micro_batches=-(-share // run.micro_batch))
-
-
-def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu: bool) -> Setup:
-    """What these flags, finetune's or `plan`'s, make of rows of so many tokens, on one device and in one micro batch."""
-    return Setup(
-        strategy=run.strategy,
-        tokens=tokens,
-        micro_batch=run.micro_batch,
-        dtype=compute,
-        param_dtype=_dtype(run.param_dtype, compute),
-        reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
-        remat=cost.parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
-        compiled=run.compile != "off",
-        sync=run.sync,
-        forward_prefetch=run.forward_prefetch and not cpu,
-        backward_prefetch=run.backward_prefetch and not cpu,
-        cpu=cpu,
-    )
-
-
-def _own(run: Settings, device: Device, n: int) -> Device:
-    """What one of n processes has of the device."""
-    return devices.share(device, min(n, run.devices_per_node)) if run.device == CPU else device
-
-
-def _config(run: Settings) -> ModelConfig:
-    cfg = LUMINA_7B if run.model is None else read_config(run.model)
-    given = {name: value for name in SIZES if (value := getattr(run, name)) is not None}
-    if "heads" in given and cfg.kv_heads == cfg.heads:
-        given = {"kv_heads": given["heads"]} | given
-    cfg = replace(cfg, masked_ids=(), **given)
-    if cfg.width % cfg.heads or cfg.head_width % 2:
-        raise InputError(
-            f"width {cfg.width} / heads {cfg.heads}: expected an even whole number; give --width or --heads"
-        )
-    if cfg.heads % cfg.kv_heads:
-        raise InputError(
-            f"kv heads {cfg.kv_heads}: expected a divisor of the {cfg.heads} heads; give --kv-heads or --heads"
-        )
-    return cfg
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The sizes that a native or Hugging Face folder's config.json tells; InputError for another."""
-    where = folder / "config.json"
-    config = sources.read_json(where)
-    if "format" not in config:
-        return hf_config.parse(config, {}, where)[0]
-    sizes = config.get("model")
-    names = {field.name for field in fields(ModelConfig)} - {"ids"}
-    if (
-        (config["format"], config.get("kind")) != (sources.FORMAT, "lumina")
-        or not isinstance(sizes, dict)
-        or sizes.keys() != names
-    ):
-        raise InputError(f"{where} describes no Lumina transformer: give the language model's folder")
-    if wrong := hf_config.problems(sizes):
-        raise InputError(f"{where}: {'; '.join(wrong)}")
-    return ModelConfig(**{**sizes, "masked_ids": ()})
-
-
-def _check(run: Settings) -> None:
-    for n in run.devices:
-        if not 1 <= n <= LARGEST:
-            raise InputError(f"--devices {n}: expected from 1 to {LARGEST}")
-    for name in (*SIZES, "seq", "micro_batch", "batch", "devices_per_node", "shard_size"):
-        value = getattr(run, name)
-        if value is not None and not 1 <= value <= LARGEST:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected from 1 to {LARGEST}")
-    if run.device not in (*DEVICES, CPU):
-        raise InputError(f"--device {run.device}: expected one of {', '.join((*DEVICES, CPU))}")
-    if run.efficiency is not None and not 0 < run.efficiency <= 1:
-        raise InputError(f"--efficiency {run.efficiency}: expected a fraction, above 0 and at most 1")
-
-
-def _dtype(name: str, auto: torch.dtype) -> torch.dtype:
-    return auto if name == "auto" else getattr(torch, name)
+    return plan.main(run)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -1,51 +1,42 @@
 """Draw pictures from prompts.
 
-    python -m experiments.sample --model DIR --vq DIR --prompt "a red circle" --width 768 --height 768 --out DIR
+    lumina sample --model DIR --vq DIR --prompt "a red circle" --width 768 --height 768 --out DIR
 
 OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl, which says what each one is.
 """
 
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-from jaxtyping import Int
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
-
-from experiments import settings
-from experiments.planning import memory
-from experiments.settings import EnvCheck
-from lumina_fn import checkpoint, errors, prompt, sample, vq
-from lumina_fn.config import VQConfig
-from lumina_fn.disk import files, places, reading
-from lumina_fn.errors import InputError
+from experiments.devices import EnvCheck
+from lumina_fn.process import entry, flags, startup
+from lumina_fn.process.flags import Group
 from lumina_fn.process.ranges import SEED, Range
-from lumina_fn.prompt import Tokenizer
-from lumina_fn.vocab import PIXELS_PER_CODE, Ids
-
-MOST_CODES = 1 << 30  # 8 GB of them are held until the pictures are written: 116,000 pictures of 768 px
-SCHEDULES = {"constant": sample.constant, "reference": sample.reference}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    model: Annotated[Path, "the model: a native, Hugging Face or MindSpeed release folder with its tokenizer"]
+    model: Annotated[
+        Path,
+        "the model: a native, Hugging Face or MindSpeed release folder with its tokenizer",
+        Group("pictures", "--prompts prompts.txt --n 4 --width 768 --height 768"),
+    ]
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
-    out: Annotated[Path, "folder to write, must not exist"]
     prompt: Annotated[str | None, "what to draw"] = None
     prompts: Annotated[Path | None, "instead of --prompt: a text file, UTF-8, one prompt per line"] = None
     width: Annotated[int, "pixels, a multiple of 32"] = 768
     height: Annotated[int, "pixels, a multiple of 32"] = 768
     n: Annotated[int, "pictures per prompt", Range(1, 10**6)] = 1
-    batch: Annotated[int, "pictures drawn at once; more are faster and take more memory", Range(1, 1 << 12)] = 1
-    seed: Annotated[int, "with a prompt's and its picture's number it fixes the picture, whatever the batch", SEED] = 0
+    out: Annotated[Path, "folder to write, must not exist"]
+    overwrite: Annotated[bool, "replace an existing OUT"] = False
+    seed: Annotated[
+        int,
+        "with a prompt's and its picture's number it fixes the picture, whatever the batch",
+        SEED,
+        Group("sampling", "--seed 7 --guidance 4 --top-k 2000 --temperature 0.9"),
+    ] = 0
     guidance: Annotated[
         float, "how far to move from the scores without the prompt past those with it; 1: not", Range(0, 1000)
     ] = 4.0
@@ -57,117 +48,30 @@ class Settings:
     min_p: Annotated[
         float, "leave out codes that, before guidance, have less than this part of the likeliest's", Range(0, 1)
     ] = 0.0
+    batch: Annotated[
+        int,
+        "pictures drawn at once; more are faster and take more memory",
+        Range(1, 1 << 12),
+        Group("devices", "--device npu --batch 8 --dtype bfloat16"),
+    ] = 1
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of the model; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
     device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    env_check: EnvCheck = "error"
     compile: Annotated[
         Literal["off", "blocks"],
         "blocks: compile a block first, some seconds; pays for small models and many codes on a CPU",
     ] = "off"
-    env_check: EnvCheck = "error"
-    overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
-@memory.lowered_by("lower --batch, or give --dtype bfloat16")
 def main(argv: Sequence[str] | None = None) -> None:
-    run = settings.parse(Settings, __doc__, argv)
-    captions = read_prompts(run)
-    tokenizer = prompt.load_tokenizer(run.model)
-    _check(run, captions, tokenizer)
-    places.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
-    device = settings.checked_device(run)
-    compiled = settings.compiling(run.compile, device) == "blocks"
-    dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
-    with files.new_folder(run.out, "pictures", run.overwrite) as folder:
-        vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)
-        ids = _drawable(run, vq_cfg, tokenizer.ids)
-        codes = draw(run, captions, replace(tokenizer, ids=ids), device, dtype, compiled)
-        count = write(folder, run, captions, codes, vq_params, vq_cfg)
-    print(errors.printable(f"{count} {'picture' if count == 1 else 'pictures'}: {run.out}"))
+    run = flags.parse(Settings, __doc__, argv)
+    with startup.importing():
+        from experiments.sampling import run as sampling
 
-
-def read_prompts(run: Settings) -> list[str]:
-    """The prompt, or the file's lines that are not blank. Raises InputError where there is none."""
-    if (run.prompt is None) == (run.prompts is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE")
-    if run.prompts is None:
-        lines, where = [run.prompt], "--prompt"
-    else:
-        where = str(run.prompts)
-        lines = reading.text(run.prompts, expected="a text file with one prompt per line").split("\n")
-    captions = [line.rstrip("\r") for line in lines if line.strip()]
-    if not captions:
-        raise InputError(f"{where}: no prompt in it; expected at least one")
-    return captions
-
-
-def draw(
-    run: Settings, captions: list[str], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> Int[Tensor, "P n h w"]:
-    params, cfg = checkpoint.load_model(run.model, device, dtype)
-    cfg = replace(cfg, masked_ids=(), ids=tokenizer.ids)  # mask_image_logits is for text: pictures are drawn here
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("codes", total=len(captions) * run.n * (run.height * run.width // PIXELS_PER_CODE**2))
-        return sample.generate_many(
-            params, [prompt.prompt_ids(tokenizer, caption, run.width, run.height) for caption in captions], cfg,
-            height=run.height, width=run.width, n=run.n, batch=run.batch, guidance=run.guidance,
-            guidance_schedule=SCHEDULES[run.guidance_schedule], top_k=run.top_k, temperature=run.temperature,
-            min_p=run.min_p, seed=run.seed, tick=lambda pictures: progress.advance(task, pictures), compile=compiled,
-        )  # fmt: skip
-
-
-@torch.inference_mode()
-def write(
-    folder: Path, run: Settings, captions: list[str], codes: Tensor, vq_params: vq.Params, vq_cfg: VQConfig
-) -> int:
-    """One PNG per picture and a line about it in samples.jsonl; how many."""
-    said = ("width", "height", "seed", "guidance", "guidance_schedule", "top_k", "temperature", "min_p")
-    common = {name: getattr(run, name) for name in said}
-    lines = []
-    for p, caption in enumerate(captions):
-        for i in range(run.n):
-            name = f"{p:04d}_{i:02d}.png"
-            image = vq.pixels(vq.decode(vq_params, codes[p, i : i + 1].to(vq_params.codebook.device), vq_cfg))[0]
-            Image.fromarray(image.cpu().numpy()).save(folder / name)
-            lines.append({"file": name, "prompt": caption, "prompt_index": p, "picture_index": i, **common})
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return len(lines)
-
-
-def _check(run: Settings, captions: list[str], tokenizer: Tokenizer) -> None:
-    prompt.check_size(tokenizer, run.width, run.height)
-    codes = len(captions) * run.n * (run.height * run.width // PIXELS_PER_CODE**2)
-    if codes > MOST_CODES:
-        raise InputError(
-            f"{len(captions)} prompts x --n {run.n} of {run.width}x{run.height} pixels are {codes} codes, at most {MOST_CODES} are "
-            "drawn in a run: give fewer prompts, or a smaller --n"
-        )
-    for number, caption in enumerate(captions, 1):
-        if problem := prompt.caption_problem(tokenizer, caption):
-            raise InputError(f"prompt {number}: {problem}; leave it out")
-
-
-def _drawable(run: Settings, cfg: VQConfig, ids: Ids) -> Ids:
-    """The model's ids with the codes that the VQ has: a model that was trained on fewer codes draws no others."""
-    if cfg.downsampling != PIXELS_PER_CODE:
-        raise InputError(
-            f"{run.vq}: a code is {cfg.downsampling} pixels, the model in {run.model} wants {PIXELS_PER_CODE}; give its VQ"
-        )
-    if cfg.codes < ids.codes:
-        note = (
-            f"{run.vq} has {cfg.codes} codes, {run.model} has ids for {ids.codes}: only the first {cfg.codes} are drawn"
-        )
-        print(errors.printable(note), file=sys.stderr)
-    return replace(ids, codes=min(ids.codes, cfg.codes))
+    sampling.main(run)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -1,119 +1,50 @@
 """Convert a model between a native folder, a Hugging Face folder and a MindSpeed release folder, bit by bit, in either direction.
 
-    python -m lumina_fn.convert SRC DST --to native|hf|mindspeed [--overwrite]
+    lumina convert SRC DST --to native|hf|mindspeed [--overwrite]
 
 SRC's kind is detected: besides those three it may be what MindSpeed-MM's training saves (its folder of iter_NNNNNNN folders,
 or one of these: one file, torch_dist, torch_dcp). A MoVQGAN .ckpt (or a folder with one) converts to native. Bytes go from file to file a chunk at a time,
 so memory does not grow with the model.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from lumina_fn import checkpoint, errors, sources
-from lumina_fn.config import ModelConfig
-from lumina_fn.disk import files, places
-from lumina_fn.errors import InputError, printable
-from lumina_fn.formats import hf_config, mindspeed, names, tensor_files, torch_zip
-
-Report = Callable[[int], None]  # is told the bytes written
-Write = Callable[[Path, sources.Source, Report], None]
+from lumina_fn.errors import printable
+from lumina_fn.process import entry, flags, startup
+from lumina_fn.process.flags import POSITIONAL
 
 
-def write_native(folder: Path, source: sources.Source, report: Report) -> None:
-    checkpoint.write_native(folder, source.cfg, source.tensors, source.config, source.companions, report)
-
-
-def write_hf(folder: Path, source: sources.Source, report: Report) -> None:
-    """What transformers loads; config.json comes last, so that an unfinished folder never loads."""
-    tensor_files.write_shards(folder, _renamed(source), report)
-    _write_config(folder, source)
-
-
-def write_mindspeed(folder: Path, source: sources.Source, report: Report) -> None:
-    """What MindSpeed-MM loads, with the Hugging Face config and the tokenizer beside it; the iteration file comes last."""
-    file = folder / mindspeed.RELEASE
-    file.parent.mkdir(parents=True)
-    torch_zip.write(file, "model", _renamed(source), report)
-    _write_config(folder, source)
-    (folder / mindspeed.ITERATION).write_text("release")  # without a newline: their loader compares unstripped
-
-
-def _renamed(source: sources.Source) -> dict[str, tensor_files.Source]:
-    if not isinstance(source.cfg, ModelConfig):
-        raise InputError(f"a MoVQGAN ({source.what}) converts to native only: use --to native")
-    return {names.to_source(path, names.TRANSFORMER): tensor for path, tensor in source.tensors.items()}
-
-
-def _write_config(folder: Path, source: sources.Source) -> None:
-    checkpoint.copy_companions(folder, source.companions)
-    checkpoint.write_json(folder / "config.json", hf_config.write(source.cfg, source.config))
-
-
-WRITERS: dict[str, Write] = {"native": write_native, "hf": write_hf, "mindspeed": write_mindspeed}
-
-
-def convert(
-    src: str | Path, dst: str | Path, write: Write, *, overwrite: bool = False, norm_from: str | Path | None = None
-) -> sources.Source:
-    """Write what lies at `src` to the new folder `dst`; InputError, and nothing written, where that cannot be done whole.
-
-    `norm_from` is the model that training began with, for a MindSpeed checkpoint that lost a part of its last norm.
-    """
-    source = sources.open_source(src, norm_from)
-    total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    try:
-        _check_room(places.place(dst, [Path(src), *([Path(norm_from)] if norm_from else [])]), total)
-        with files.new_folder(dst, checkpoint.KIND, overwrite) as folder, bar:
-            task = bar.add_task("", total=total)
-            write(folder, source, lambda n: bar.advance(task, n))
-    except OSError as error:
-        raise InputError(f"converting {src} to {dst} failed: {error.strerror or error}; nothing was written") from error
-    return source
-
-
-def _check_room(dst: Path, total: int) -> None:
-    parent = next(p for p in dst.parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if 0 < free < total:  # what has no room at all is no disk; trying to write there tells why
-        raise InputError(
-            f"{dst}: {total / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free: give a place on a larger disk"
-        )
-
-
-def main(argv: Sequence[str] | None) -> int:
-    parser = errors.Parser(prog="python -m lumina_fn.convert", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "src",
-        metavar="SRC",
-        help="a native, Hugging Face or MindSpeed folder (release, or the newest iteration), a run's folder (its newest checkpoint), "
+@dataclass(frozen=True)
+class Settings:
+    src: Annotated[
+        Path,
+        "a native, Hugging Face or MindSpeed folder (release, or the newest iteration), a run's folder (its newest checkpoint), "
         "or a MoVQGAN .ckpt",
-    )
-    parser.add_argument("dst", metavar="DST", help="the new folder")
-    parser.add_argument("--to", required=True, choices=WRITERS, help="what DST becomes")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
-    parser.add_argument(
-        "--norm-from",
-        metavar="MODEL",
-        help="the model that SRC's training began with: what use_fsdp1 with torch_dist lost of the last norm is taken from it",
-    )
-    args = parser.parse_args(argv)
-    source = convert(args.src, args.dst, WRITERS[args.to], overwrite=args.overwrite, norm_from=args.norm_from)
-    for remark in source.remarks:
-        print(remark)
-    total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
-    print(
-        printable(f"{args.dst}: {len(source.tensors)} tensors, {total / 1e6:.1f} MB, from {source.what} to {args.to}")
-    )
+        POSITIONAL,
+    ]
+    dst: Annotated[Path, "the new folder", POSITIONAL]
+    to: Annotated[Literal["native", "hf", "mindspeed"], "what DST becomes"]
+    overwrite: Annotated[bool, "replace an existing DST"] = False
+    norm_from: Annotated[
+        Path | None,
+        "the model that SRC's training began with: what use_fsdp1 with torch_dist lost of the last norm is taken from it",
+    ] = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    run = flags.parse(Settings, __doc__, argv)
+    with startup.importing():
+        from lumina_fn import conversion
+
+    write = conversion.WRITERS[run.to]
+    source = conversion.convert(run.src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from)
+    for line in (*source.remarks, printable(conversion.summary(source, run.dst, run.to))):
+        print(line)
     return 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

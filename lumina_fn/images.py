@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
+from lumina_fn.process.ranges import MAX_TARGET
 
 # Blocks that malloc maps one by one, and gives back: smaller ones stay, once for each thread, when a large picture is done.
 Image.core.set_block_size(64 << 20)
@@ -44,7 +45,6 @@ LARGE = 1 << 24
 # Pixels that all threads together decode at the same time: 4 bytes each, and as many for what they become. A picture of a format in
 # MAX_PIXELS_OF counts for more, in the ratio of the two limits.
 AT_ONCE = MAX_PIXELS
-MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
 MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
 LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
 

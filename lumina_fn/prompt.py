@@ -13,6 +13,7 @@ import tokenizers
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.process import tokenizer_trial
+from lumina_fn.process.ranges import LONGEST_CAPTION
 from lumina_fn.vocab import (
     END_TEXT,
     LUMINA_CODE0,
@@ -28,7 +29,6 @@ from lumina_fn.vocab import (
     size_text,
 )
 
-LONGEST_CAPTION = 100_000  # characters: ten times what fits into the released model's context
 LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
 CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
 PATCH = 32  # pixels

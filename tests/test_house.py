@@ -12,11 +12,12 @@ FLOORS = ("kernels", "ops", "lumina_fn", "experiments", "bench")  # each imports
 FILES = [path.relative_to(ROOT) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 LINES = 300  # of a file that is read in one sitting
 DEVICE = Path("kernels/ascend_graph.py")
-# Where argv is read and lines are printed, below experiments: four mains, and what turns an error into an exit code.
+# Where argv is read and lines are printed, below experiments: three mains, and what parses flags and ends a command.
 MAINS = {
     Path("lumina_fn/convert.py"),
     Path("lumina_fn/export.py"),
-    Path("lumina_fn/errors.py"),
+    Path("lumina_fn/process/entry.py"),
+    Path("lumina_fn/process/flags.py"),
     Path("lumina_fn/process/startup.py"),
     Path("kernels/bench.py"),
     Path("kernels/vendored/generate.py"),

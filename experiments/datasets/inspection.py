@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from experiments import pretokenize
 from experiments.datasets.duplicates import Fingerprint, fingerprint
+from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import data, images
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
@@ -54,7 +54,7 @@ def at_row(
     look = Look(index, *(text if isinstance(text, str) else None for text in written(value)))
     if tokenizer is None:
         return _without_tokens(look, value, roots, size)
-    made = pretokenize.prepare(index, value, roots, tokenizer, size, seed)
+    made = prepare(index, value, Recipe(roots, tokenizer, size, seed))
     if isinstance(made, Rejected):
         return look._replace(reason=made.reason)
     return look._replace(

@@ -1,39 +1,23 @@
 """Encode some pictures of a feature set again, and compare: did a source change, do codes and captions still say the same?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from experiments import settings
+from experiments import devices
 from experiments.datasets import inspection
-from experiments.settings import POSITIONAL, EnvCheck
 from lumina_fn import checkpoint, data, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError, printable
 from lumina_fn.features import dataset
-from lumina_fn.process.ranges import SEED, Range
 from lumina_fn.prompt import Tokenizer
 
-
-@dataclass(frozen=True)
-class Verify:
-    features: Annotated[Path, "a folder that pretokenize wrote", POSITIONAL]
-    data: Annotated[Path, "the rows that it was made from (JSON or JSONL), next to their pictures"]
-    vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
-    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
-    model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
-    n: Annotated[int, "pictures, drawn at random", Range(1, 10**9)] = 64
-    seed: Annotated[int, "of that draw", SEED] = 0
-    allow: Annotated[
-        float, "share of a picture's codes that may differ: another device rounds differently", Range(0, 1)
-    ] = 0.0
-    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
-    env_check: EnvCheck = "error"
+if TYPE_CHECKING:
+    from experiments.dataset import Verify
 
 
 class Compared(NamedTuple):
@@ -42,7 +26,7 @@ class Compared(NamedTuple):
     fault: str | None
 
 
-def verify(run: Verify) -> int:
+def verify(run: "Verify") -> int:
     """0 if the sample is the same, 1 if not; a line for every row that is not."""
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
@@ -63,7 +47,7 @@ def verify(run: Verify) -> int:
         raise InputError(f"{run.features}: the set is empty; there is nothing to verify")
     rows = dataset.read_rows(run.data)
     tokenizer = _same_tokenizer(run.model, features) if run.model else None
-    params, cfg = same_vq(run.vq, features, settings.checked_device(run))
+    params, cfg = same_vq(run.vq, features, devices.checked_device(run))
     roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
     sample = sorted(np.random.default_rng(run.seed).permutation(len(features))[: run.n].tolist())
     total, faults = Compared(0, 0, None), 0

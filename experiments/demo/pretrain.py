@@ -21,9 +21,10 @@ from torch import Tensor
 from experiments.demo import progress, shapes, splits, tokenizer
 from experiments.demo.grader import grade
 from experiments.demo.train_vq import to_unit
-from experiments.settings import parse
-from lumina_fn import checkpoint, data, errors, model, optim, prompt, sample, train, vq
+from lumina_fn import checkpoint, data, model, optim, prompt, sample, train, vq
 from lumina_fn.config import ModelConfig, VQConfig
+from lumina_fn.process import entry
+from lumina_fn.process.flags import parse
 from lumina_fn.vocab import Ids
 
 
@@ -119,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from experiments.demo import muon, progress, shapes
 from experiments.demo.grader import grade
-from experiments.settings import parse
-from lumina_fn import checkpoint, errors, vq
+from lumina_fn import checkpoint, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.process import entry
+from lumina_fn.process.flags import parse
 
 
 @dataclass(frozen=True)
@@ -208,4 +209,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

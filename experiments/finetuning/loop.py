@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 import torch.utils._pytree as pytree
 
-from experiments import settings
+from experiments import devices
 from experiments.finetuning import checks, feature_folders, profiling, resuming, run_folder
 from experiments.finetuning.metrics import Log
 from experiments.finetuning.resuming import Checkpoints
-from experiments.finetuning.settings import REMAT_FROM, Settings
+from experiments.finetuning.settings import Settings
 from experiments.launching import distributed
 from experiments.launching.distributed import World
 from experiments.planning import memory
 from experiments.planning.memory import Room
 from lumina_fn import checkpoint, errors, model, optim, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.costs.cost import REMAT_FROM
 from lumina_fn.disk import places
 from lumina_fn.features import batches, prefetch
 from lumina_fn.features.mixing import Mixture
@@ -34,8 +35,8 @@ STREAK = 5  # steps in a row without a finite loss and gradient, after which a r
 def main(run: Settings, argv: Sequence[str], world: World) -> int:
     """The command, from its settings on; `argv` is what a stopped run is to be resumed with. Returns the exit code."""
     checks.flags(run)
-    device = settings.checked_device(run, world.device, world.say)
-    run = replace(run, compile=settings.compiling(run.compile, device))
+    device = devices.checked_device(run, world.device, world.say)
+    run = replace(run, compile=devices.compiling(run.compile, device))
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     mesh = _mesh(run, world, device, compute)
     checks.shares(run, world, device, _micro_batch(run, world))

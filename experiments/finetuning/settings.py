@@ -4,23 +4,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from experiments.settings import REPEATED, EnvCheck
+from experiments.devices import EnvCheck
+from lumina_fn.process.flags import REPEATED, Group
 from lumina_fn.process.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, Range
 
-REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    model: Annotated[Path, "the model: a native or Hugging Face folder"]
+    # data
+    model: Annotated[
+        Path,
+        "the model: a native or Hugging Face folder",
+        Group("data", "--features pictures=0.7 --features sketches=0.3 --pack 4096"),
+    ]
     features: Annotated[
         tuple[Path, ...],
         "a folder written by experiments.pretokenize; given again, a further one: all are read as one set, or, as DIR=0.7, "
         "each as often as its weight says, without a common epoch",
         REPEATED,
     ]
-    out: Annotated[Path, "the run's folder; what a stopped run left there is continued"]
-    steps: Annotated[int, "how many", STEPS] = 5000
+    caption_drop: Annotated[float, "probability that an item loses its caption, for guidance", Range(0, 1)] = 0.1
+    order: Annotated[
+        Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
+    ] = "shuffled"
+    last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
+    pack: Annotated[
+        int | None,
+        "tokens of a row that several samples share; the loss is the same (default: each has its own)",
+        Range(1, 1 << 20),
+    ] = None
+    seed: Annotated[int, "of the order and the caption drop", SEED] = 0
+    # optimization
+    steps: Annotated[
+        int,
+        "how many",
+        STEPS,
+        Group("optimization", "--steps 2000 --batch 64 --micro-batch 2 --lr 1e-5 --schedule cosine"),
+    ] = 5000
     batch: Annotated[int, "samples per step, over all processes", Range(1, 1 << 20)] = 8
     micro_batch: Annotated[
         int,
@@ -35,15 +55,16 @@ class Settings:
     weight_decay: Annotated[float, "of AdamW, on every parameter", WEIGHT_DECAY] = 1e-2
     clip: Annotated[float, "global gradient norm", CLIP] = 1.0
     z_weight: Annotated[float, "weight of the z-loss", Z_WEIGHT] = 1e-5
-    caption_drop: Annotated[float, "probability that an item loses its caption, for guidance", Range(0, 1)] = 0.1
-    seed: Annotated[int, "of the order and the caption drop", SEED] = 0
+    # devices
+    device: Annotated[
+        str,
+        "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own",
+        Group("devices", "--device npu --strategy fsdp --dtype bfloat16 --remat"),
+    ] = "auto"
+    env_check: EnvCheck = "error"
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
-    device: Annotated[
-        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
-    ] = "auto"
-    env_check: EnvCheck = "error"
     strategy: Annotated[
         Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
         "of many processes. fsdp: parameters, gradients and optimizer in parts, gathered for each forward and backward; "
@@ -79,27 +100,12 @@ class Settings:
         Literal["off", "blocks", "step"] | None,
         "nothing, one block for all, or the whole step (default: blocks; on an NPU off, the only choice there)",
     ] = None
-    last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
-    order: Annotated[
-        Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
-    ] = "shuffled"
-    pack: Annotated[
-        int | None,
-        "tokens of a row that several samples share; the loss is the same (default: each has its own)",
-        Range(1, 1 << 20),
-    ] = None
-    log_every: Annotated[int, "steps between lines of metrics.jsonl", STEPS] = 10
-    profile: Annotated[
-        int,
-        "steps whose time is taken apart, once it is warm: OUT/profile/trace.json (for chrome://tracing or Perfetto) and ops.txt, "
-        "of the first process; 0: none",
-        Range(0, 1000),
-    ] = 0
-    noise_scale_every: Annotated[
-        int,
-        "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
-        Range(0, 10**9),
-    ] = 0
+    # checkpoints
+    out: Annotated[
+        Path,
+        "the run's folder; what a stopped run left there is continued",
+        Group("checkpoints", "--out runs/tuned --save-every 200 --keep 3 --resume last-good"),
+    ]
     save_every: Annotated[
         int,
         "steps between checkpoints, of which one is also written early and one at the end; 0: none",
@@ -113,3 +119,18 @@ class Settings:
         "as they were written. Later checkpoints are then set aside",
     ] = "auto"
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
+    # logging
+    log_every: Annotated[
+        int, "steps between lines of metrics.jsonl", STEPS, Group("logging", "--log-every 1 --profile 5")
+    ] = 10
+    profile: Annotated[
+        int,
+        "steps whose time is taken apart, once it is warm: OUT/profile/trace.json (for chrome://tracing or Perfetto) and ops.txt, "
+        "of the first process; 0: none",
+        Range(0, 1000),
+    ] = 0
+    noise_scale_every: Annotated[
+        int,
+        "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
+        Range(0, 10**9),
+    ] = 0

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from experiments import settings
+from experiments import devices
 from experiments.launching import addresses, guard, start, stopping
 from experiments.launching.abort import ECHO, Ending, watch_launcher, watch_neighbour
 from experiments.launching.place import Place
@@ -90,13 +90,13 @@ class World:
     def device(self, name: str) -> torch.device:
         """The device of that kind which is this rank's own; `auto` is an NPU if there is one, else a GPU, else the CPU."""
         if self.size == 1:
-            return settings.device(name)
-        kind = settings.kind(name) if name == "auto" else name
+            return devices.device(name)
+        kind = devices.kind(name) if name == "auto" else name
         if ":" in kind:
             raise InputError(
                 f"--device {name}: each of the {self.size} ranks takes a device of its own; expected a kind, such as cpu or npu"
             )
-        device = settings.device(kind if kind == "cpu" else f"{kind}:{self.local_rank}")
+        device = devices.device(kind if kind == "cpu" else f"{kind}:{self.local_rank}")
         if device.index is not None:
             torch.accelerator.set_device_index(device.index)
         return device

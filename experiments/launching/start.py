@@ -14,9 +14,8 @@ from pathlib import Path
 from experiments import LAUNCHER
 from experiments.launching import guard, place
 from experiments.launching.place import Place
-from lumina_fn import errors
 from lumina_fn.errors import InputError
-from lumina_fn.process import startup
+from lumina_fn.process import entry, startup
 
 
 class Guard:
@@ -63,7 +62,7 @@ def run(main: Callable[..., int | None]) -> None:
 
     Exit codes are those of `errors.run`. A rank that fails ends all others; why is printed once, with its rank.
     """
-    errors.run(lambda argv: _run(main, argv))
+    entry.run(lambda argv: _run(main, argv))
 
 
 def _run(main: Callable[..., int | None], argv: None) -> int | None:

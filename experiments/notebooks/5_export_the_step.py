@@ -28,14 +28,16 @@ import matplotlib.pyplot as plt
 import torch
 import torch.utils._pytree as pytree
 
-from lumina_fn import export, model, programs, train
+from lumina_fn import model, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.programs import folder as program_files
+from lumina_fn.programs import graphs
 from lumina_fn.sharding import Mesh
 
 warnings.filterwarnings("ignore")  # torch.export's own, of its insides
 cfg = ModelConfig(vocab=61, width=128, layers=2, heads=2, kv_heads=1, hidden=192, max_positions=64)
 opt = train.AdamW()
-print("declared:", programs.npu_device())
+print("declared:", graphs.npu_device())
 
 # %% [markdown]
 # ## For a CPU
@@ -43,8 +45,8 @@ print("declared:", programs.npu_device())
 # A program takes every tensor as an input, the parameters too: it is made from sizes alone, in which no number has yet been put.
 
 # %%
-function = programs.step(cfg, opt, batch=2, tokens=16)
-on_cpu = programs.export(function, programs.CPU)
+function = graphs.step(cfg, opt, batch=2, tokens=16)
+on_cpu = graphs.export(function, graphs.CPU)
 print(len(on_cpu.inputs), "inputs:", ", ".join(on_cpu.inputs[:3]), "...", ", ".join(on_cpu.inputs[-3:]))
 print(len(on_cpu.outputs), "outputs:", ", ".join(on_cpu.outputs[:3]), "...", ", ".join(on_cpu.outputs[-3:]))
 
@@ -54,9 +56,9 @@ print(len(on_cpu.outputs), "outputs:", ", ".join(on_cpu.outputs[:3]), "...", ", 
 # %%
 state = train.init_state(model.init(cfg, seed=0), opt)
 tokens = torch.randint(cfg.vocab, (2, 16), generator=torch.Generator().manual_seed(0))
-inputs = programs.StepInputs(state, train.Batch(tokens, tokens), torch.tensor(1e-3))
+inputs = graphs.StepInputs(state, train.Batch(tokens, tokens), torch.tensor(1e-3))
 with tempfile.TemporaryDirectory() as folder:
-    export.save(on_cpu, file := Path(folder) / "step.pt2")
+    program_files.save(on_cpu, file := Path(folder) / "step.pt2")
     print(f"{file.stat().st_size:,} bytes")
     reloaded = torch.export.load(file).module()
 got = reloaded(*pytree.tree_leaves(inputs))
@@ -93,7 +95,7 @@ assert cpu["lumina.qk_norm_rotary_bwd"] == 2 * cfg.layers  # queries and keys
 # An op that the graph engine has no converter for would be refused here, with the line that calls it.
 
 # %%
-on_npu = programs.export(programs.step(cfg, opt, batch=2, tokens=16, dtype=torch.bfloat16), programs.NPU)
+on_npu = graphs.export(graphs.step(cfg, opt, batch=2, tokens=16, dtype=torch.bfloat16), graphs.NPU)
 npu = calls(on_npu)
 for op, n in sorted(npu.items()):
     if op.startswith("npu."):
@@ -134,7 +136,7 @@ plt.show()
 
 # %%
 mesh = Mesh("0", 0, 8, "meta", param_dtype=torch.bfloat16)
-shared = programs.export(programs.step(cfg, opt, mesh, batch=2, tokens=16, dtype=torch.bfloat16), programs.NPU)
+shared = graphs.export(graphs.step(cfg, opt, mesh, batch=2, tokens=16, dtype=torch.bfloat16), graphs.NPU)
 MARKS = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "scatter", "all_reduce": "reduce",
          "npu_fusion_attention": "attention", "npu_fusion_attention_grad": "attention's gradient"}  # fmt: skip
 order = [

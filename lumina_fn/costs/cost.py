@@ -11,6 +11,8 @@ from lumina_fn import model
 from lumina_fn.config import ModelConfig
 from lumina_fn.sharding import Mesh
 
+REMAT_FROM = 10**9  # parameters: from here on activations are what does not fit
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -23,3 +23,5 @@ STEPS = Range(1, 10**9)  # and what is counted in them
 WEIGHT_DECAY = Range(0, 10**6)
 CLIP = Range(0, above=True)  # infinity: nothing is clipped
 Z_WEIGHT = Range(0, 1)
+MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
+LONGEST_CAPTION = 100_000  # characters: ten times what fits into the released model's context

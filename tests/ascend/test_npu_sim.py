@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import ops
-from experiments import settings
+from experiments import devices
 from lumina_fn.errors import InputError
 from tests.ascend.npu_sim import NpuSim
 
@@ -365,10 +365,10 @@ def test_without_cann_a_command_says_what_to_source(device, code, tmp_path):
 
 
 def test_auto_is_the_npu_here():
-    assert settings.kind("auto") == "npu"
+    assert devices.kind("auto") == "npu"
     said = []
     run = SimpleNamespace(device="auto", env_check="error")
-    assert settings.checked_device(run, say=said.append) == torch.device("npu:0")
+    assert devices.checked_device(run, say=said.append) == torch.device("npu:0")
     assert "TASK_QUEUE_ENABLE=0" in said
     with pytest.raises(InputError, match="--device npu:99: not available here: torch finds 8, numbered from 0"):
-        settings.device("npu:99")
+        devices.device("npu:99")

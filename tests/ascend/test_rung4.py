@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kernels import ascend, ascend_graph
 from kernels.vendored import generate
-from lumina_fn import programs, train
+from lumina_fn import train
 from lumina_fn.config import ModelConfig
+from lumina_fn.programs import graphs
 from lumina_fn.sharding import Mesh
 
 # torchair copies trees in a way that torch wants no more.
@@ -204,15 +205,15 @@ AGAIN = {
     "SwiGlu": 4,
 }  # where blocks are recomputed
 OF_MODEL = {
-    "forward": (lambda: programs.forward(CFG, batch=2, dtype=DTYPE), FORWARD),
-    "step": (lambda: programs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE), STEP),
-    "remat": (lambda: programs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE, remat=True), STEP | AGAIN),
+    "forward": (lambda: graphs.forward(CFG, batch=2, dtype=DTYPE), FORWARD),
+    "step": (lambda: graphs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE), STEP),
+    "remat": (lambda: graphs.step(CFG, train.AdamW(), batch=2, tokens=16, dtype=DTYPE, remat=True), STEP | AGAIN),
     "packed, of 8 ranks": (
-        lambda: programs.step(CFG, train.AdamW(), MESH, batch=2, tokens=16, dtype=DTYPE, packed=True),
+        lambda: graphs.step(CFG, train.AdamW(), MESH, batch=2, tokens=16, dtype=DTYPE, packed=True),
         STEP | AGAIN | SHARED,
     ),
     "decoding": (
-        lambda: programs.decoding(CFG, batch=2, slots=32, dtype=DTYPE),
+        lambda: graphs.decoding(CFG, batch=2, slots=32, dtype=DTYPE),
         {
             "FusedInferAttentionScore": 2,
             "ScatterNdUpdate": 4,
@@ -230,7 +231,7 @@ OF_MODEL = {
 def test_the_model_converts(what, eight):
     """All of its programs, each with as many fused ops as its layers have, gradients and collectives too."""
     function, fused = OF_MODEL[what]
-    counts = ascend_graph.op_counts(ascend_graph.to_ge(programs.export(function(), programs.NPU).program))
+    counts = ascend_graph.op_counts(ascend_graph.to_ge(graphs.export(function(), graphs.NPU).program))
     assert {op: counts[op] for op in fused} == fused
     assert not [op for op in counts if "." in op]
 
@@ -239,8 +240,8 @@ def test_the_model_converts(what, eight):
 def test_the_7b_models_step_converts(eight, capsys):
     """All 32 layers at their widths, for one of eight ranks, and what that takes."""
     cfg, since = ModelConfig(), time.perf_counter()
-    function = programs.step(cfg, train.AdamW(), MESH, batch=1, tokens=4096, dtype=DTYPE)
-    program, traced = programs.export(function, programs.NPU).program, time.perf_counter()
+    function = graphs.step(cfg, train.AdamW(), MESH, batch=1, tokens=4096, dtype=DTYPE)
+    program, traced = graphs.export(function, graphs.NPU).program, time.perf_counter()
     graph, converted = ascend_graph.to_ge(program), time.perf_counter()
     counts = ascend_graph.op_counts(graph)
     with capsys.disabled():

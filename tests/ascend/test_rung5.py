@@ -8,8 +8,9 @@ import torch
 import torch.utils._pytree as pytree
 
 from kernels import ascend, ascend_graph, reference
-from lumina_fn import decode, model, programs, train
+from lumina_fn import decode, model, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.programs import graphs
 from tests.ascend.npu_sim import NpuSim
 
 CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
@@ -156,10 +157,10 @@ def run_eagerly(program: torch.export.ExportedProgram) -> Callable[..., Any]:
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_an_exported_step_is_the_cpus(packed, how):
     """The program of torch_npu's ops alone, as it goes to the graph engine, run op by op."""
-    function = programs.step(CFG, OPT, batch=B, tokens=T, dtype=torch.float32, packed=packed)
-    inputs = programs.StepInputs(train.init_state(params(), OPT), batch(packed), torch.tensor(OPT.lr))
+    function = graphs.step(CFG, OPT, batch=B, tokens=T, dtype=torch.float32, packed=packed)
+    inputs = graphs.StepInputs(train.init_state(params(), OPT), batch(packed), torch.tensor(OPT.lr))
     want = function.fn(*on("cpu", inputs))
-    program = programs.export(function, programs.NPU).program
+    program = graphs.export(function, graphs.NPU).program
     run = how(program)
     got, sim = simulated(lambda tree: run(*pytree.tree_leaves(tree)), inputs)
     got = pytree.tree_unflatten(list(got), pytree.tree_structure(want))

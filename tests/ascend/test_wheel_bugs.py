@@ -1,4 +1,4 @@
-"""Each fault of the wheel that kernels.ascend_graph and lumina_fn.programs work around. A test here that fails says: the wheel is mended, take the work-around out."""
+"""Each fault of the wheel that kernels.ascend_graph and lumina_fn.programs.graphs work around. A test here that fails says: the wheel is mended, take the work-around out."""
 
 import re
 from contextlib import nullcontext
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels import ascend_graph
-from lumina_fn import programs
 from lumina_fn.errors import InputError
 from lumina_fn.optim import AdamW
+from lumina_fn.programs import graphs
 from tests.ascend.test_rung4 import CFG, B, H, K, T, ge_of, npu, tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # see test_rung4
@@ -33,11 +33,11 @@ def test_gradient_of_attention_converts_to_one_output_too_few(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch.export's own
-@pytest.mark.parametrize("op", programs.COMPOSITES, ids=str)
+@pytest.mark.parametrize("op", graphs.COMPOSITES, ids=str)
 def test_a_composite_that_stays_whole_has_no_converter(op):
     """torch takes these apart, but where torch_npu is loaded, which has kernels for them; a step has all of them."""
-    assert str(op) not in programs.converters()
-    kernels = {key: kernel for key, kernel in programs.NPU.kernels.items() if key is not op}
-    function = programs.step(CFG, AdamW(), batch=1, tokens=8, dtype=torch.bfloat16)
+    assert str(op) not in graphs.converters()
+    kernels = {key: kernel for key, kernel in graphs.NPU.kernels.items() if key is not op}
+    function = graphs.step(CFG, AdamW(), batch=1, tokens=8, dtype=torch.bfloat16)
     with pytest.raises(InputError, match=rf"it cannot run {re.escape(str(op))} \("):
-        programs.export(function, programs.NPU._replace(kernels=kernels))
+        graphs.export(function, graphs.NPU._replace(kernels=kernels))

@@ -8,9 +8,9 @@ import torch
 
 from bench import ceilings, harness, language, table
 from bench.harness import Bench, Runs, Sample
-from experiments.settings import parse
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.process.flags import parse
 from tests.support.project_copy import ROOT
 
 TINY = ModelConfig(vocab=64, width=16, layers=2, heads=2, kv_heads=2, hidden=24)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import ascend_env, finetune, pretokenize, sample, settings
+from experiments import ascend_env, devices, finetune, pretokenize, sample
 from experiments.ascend_env import TABLE
 from lumina_fn.errors import InputError
 from tests.support.paths import ROOT
@@ -83,7 +83,7 @@ def test_values_in_force_are_those_set_or_the_defaults():
 def command(**environment: str) -> subprocess.CompletedProcess:
     """The command, where torch cannot be imported."""
     outside = {name: value for name, value in os.environ.items() if name not in GUIDE}
-    code = "import sys; sys.modules['torch'] = None; from experiments import ascend_env; from lumina_fn import errors; errors.run(ascend_env.main)"
+    code = "import sys; sys.modules['torch'] = None; from experiments import ascend_env; from lumina_fn.process import entry; entry.run(ascend_env.main)"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**outside, **environment}, capture_output=True, text=True, timeout=60
     )  # fmt: skip
@@ -180,13 +180,13 @@ def test_commands_for_an_npu_check_and_offer_to_warn(kind, monkeypatch, tmp_path
 def test_on_a_cpu_the_environment_is_nobodys_business(monkeypatch):
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "5")
     run = SimpleNamespace(device="cpu", env_check="error")
-    assert settings.checked_device(run, say=say_nothing) == torch.device("cpu")
+    assert devices.checked_device(run, say=say_nothing) == torch.device("cpu")
 
 
 def on_npu(run: SimpleNamespace) -> tuple[list[str], list[str]]:
     """What is said, and the devices that were asked for, where `npu` is one that can be had."""
     said, asked = [], []
-    settings.checked_device(run, lambda name: asked.append(name) or torch.device("cpu"), said.append)
+    devices.checked_device(run, lambda name: asked.append(name) or torch.device("cpu"), said.append)
     return said, asked
 
 
@@ -198,7 +198,7 @@ def test_on_an_npu_it_is_checked_before_the_device_is_touched(monkeypatch):
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "5")
     touched = lambda name: pytest.fail("the device was touched")
     with pytest.raises(InputError, match="HCCL_EXEC_TIMEOUT=5"):
-        settings.checked_device(SimpleNamespace(device="npu", env_check="error"), touched, say_nothing)
+        devices.checked_device(SimpleNamespace(device="npu", env_check="error"), touched, say_nothing)
     said, asked = on_npu(SimpleNamespace(device="npu", env_check="warn"))
     assert said[0].startswith("warning: HCCL_EXEC_TIMEOUT=5")
     assert asked == ["npu"]
@@ -208,26 +208,26 @@ def test_auto_prefers_an_npu_then_a_gpu_then_the_cpu(monkeypatch):
     there = SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: False), raising=False)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
-    assert settings.kind("auto") == "cpu"
+    assert devices.kind("auto") == "cpu"
     monkeypatch.setattr(torch, "cuda", there)
-    assert settings.kind("auto") == "cuda"
+    assert devices.kind("auto") == "cuda"
     monkeypatch.setattr(torch, "npu", there)
-    assert settings.kind("auto") == "npu"
-    assert settings.kind("cuda:1") == "cuda"
+    assert devices.kind("auto") == "npu"
+    assert devices.kind("cuda:1") == "cuda"
 
 
 @pytest.mark.skipif(hasattr(torch, "npu"), reason="torch_npu is loaded")
 def test_a_missing_npu_says_what_to_do():
     with pytest.raises(InputError, match=r"--device npu: .*torch_npu is not installed: pip install .*set_env\.sh"):
-        settings.device("npu")
+        devices.device("npu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_told():
     with pytest.raises(InputError, match="--device cuda: not available here"):
-        settings.device("cuda")
+        devices.device("cuda")
 
 
 def test_a_number_that_no_device_has_is_told():
     with pytest.raises(InputError, match="--device cpu:7: not available here: torch finds 1, numbered from 0"):
-        settings.device("cpu:7")
+        devices.device("cpu:7")

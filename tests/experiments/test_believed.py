@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import settings
 from experiments.demo.tasks import LM, VQ
 from experiments.finetuning import checks
 from experiments.finetuning.settings import Settings
@@ -19,6 +18,7 @@ from lumina_fn import checkpoint, data, train
 from lumina_fn.errors import InputError
 from lumina_fn.features import shards
 from lumina_fn.formats import tensor_files
+from lumina_fn.process.flags import parse
 from lumina_fn.vocab import Ids
 from tests.support.small_run import CODES
 
@@ -146,12 +146,12 @@ HERE = ("--model", "m", "--features", "f", "--out", "o")
 )
 def test_settings_have_ranges(flags, said):
     with pytest.raises(InputError) as error:
-        settings.parse(Settings, None, [*HERE, *flags])
+        parse(Settings, None, [*HERE, *flags])
     assert said in str(error.value)
 
 
 def test_a_rate_times_decay_that_turns_parameters_around():
-    run = settings.parse(Settings, None, [*HERE, "--lr", "1", "--weight-decay", "2", "--clip", "inf"])
+    run = parse(Settings, None, [*HERE, "--lr", "1", "--weight-decay", "2", "--clip", "inf"])
     with pytest.raises(InputError, match="must stay above 0"):
         checks.flags(run)
 
@@ -159,4 +159,4 @@ def test_a_rate_times_decay_that_turns_parameters_around():
 def test_guidance_that_is_no_number():
     for flags in (("--guidance", "nan"), ("--temperature", "inf"), ("--min-p", "nan"), ("--n", str(10**12))):
         with pytest.raises(InputError, match=f"{flags[0]} .*: expected"):
-            settings.parse(SampleSettings, None, ["--model", "m", "--vq", "v", "--out", "o", *flags])
+            parse(SampleSettings, None, ["--model", "m", "--vq", "v", "--out", "o", *flags])

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
-from experiments import finetune, pretokenize, sample, settings
+from experiments import finetune, pretokenize, sample
 from experiments.demo import grader, muon, pretrain, progress, report, shapes, splits, tasks, tokenizer, train_vq
 from lumina_fn import checkpoint, data, prompt, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.process.flags import parse
 from lumina_fn.vocab import IGNORE
 
 EVERY = list(chain.from_iterable(shapes.specs(shape) for shape in shapes.SHAPES))
@@ -216,15 +217,10 @@ def test_report_draws(tmp_path):
 
 
 def test_the_commands_take_the_demos_arguments(tmp_path):
-    run = settings.parse(finetune.Settings, "", tasks.finetune_flags(tmp_path))
+    run = parse(finetune.Settings, "", tasks.finetune_flags(tmp_path))
     assert (run.model, run.features, run.out) == (tmp_path / "lm", (tmp_path / "features",), tmp_path / "finetune")
-    assert (
-        settings.parse(pretokenize.Settings, "", tasks.pretokenize_arguments(tmp_path / "data.json", tmp_path)).size
-        == 64
-    )
-    drawn = settings.parse(
-        sample.Settings, "", tasks.sample_arguments(run.model, tmp_path / "prompts", tmp_path / "out")
-    )
+    assert parse(pretokenize.Settings, "", tasks.pretokenize_arguments(tmp_path / "data.json", tmp_path)).size == 64
+    drawn = parse(sample.Settings, "", tasks.sample_arguments(run.model, tmp_path / "prompts", tmp_path / "out"))
     assert (drawn.width, drawn.height, drawn.seed) == (64, 64, 0)
 
 

@@ -11,8 +11,9 @@ import torch.utils._pytree as pytree
 from PIL import Image
 
 from experiments import sample as command
-from lumina_fn import checkpoint, errors, model, prompt, sample, vq
+from lumina_fn import checkpoint, model, prompt, sample, vq
 from lumina_fn.config import ModelConfig, VQConfig
+from lumina_fn.process import entry
 from tests.support import folders
 
 CODES = 64
@@ -80,7 +81,7 @@ def call(tmp_path, lm, small_vq, monkeypatch, capsys):
         ]
         monkeypatch.setattr(sys, "argv", ["sample", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
-            errors.run(command.main)
+            entry.run(command.main)
         return ended.value.code, capsys.readouterr().err.splitlines()
 
     return call

@@ -4,7 +4,8 @@ import json
 
 from PIL import Image
 
-from experiments import pretokenize
+from experiments.pretokenizing import folder
+from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
@@ -38,8 +39,8 @@ def row_file(at: Ground, lines: bool) -> Format:
 
     def read() -> object:
         found = dataset.read_rows(file)
-        pretokenize.plan(found, origin, 1024)
-        told = [pretokenize.prepare(i, row, [at.folder], tokenizer, 64, 0) for i, row in enumerate(found[:8])]
+        folder.plan(found, origin, 1024)
+        told = [prepare(i, row, Recipe([at.folder], tokenizer, 64, 0)) for i, row in enumerate(found[:8])]
         return [CANARY if getattr(t, "sha256", None) == secret else getattr(t, "reason", "") for t in told]
 
     if not lines:
@@ -79,7 +80,7 @@ def picture(at: Ground) -> Format:
     row = {"file": "x.png", "prompt": "a picture"}
 
     def read() -> object:
-        told = pretokenize.prepare(0, row, [at.folder], tokenizer, 64, 0)
+        told = prepare(0, row, Recipe([at.folder], tokenizer, 64, 0))
         if isinstance(told, shards.Rejected):
             raise InputError(told.reason)
         return told.source

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import pretokenize
+from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import checkpoint, data, images, model, prompt, sources
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
@@ -249,7 +249,7 @@ def read_picture(tmp_path, small_tokenizer):
 
     def read(content: bytes, name: str = "x.png") -> object:
         (tmp_path / name).write_bytes(content)
-        return pretokenize.prepare(0, {"file": name, "prompt": "a picture"}, [tmp_path], known, 64, 0)
+        return prepare(0, {"file": name, "prompt": "a picture"}, Recipe([tmp_path], known, 64, 0))
 
     return read
 
@@ -321,6 +321,6 @@ def test_no_row_leads_out_of_the_folder(tmp_path, small_tokenizer, road):
     (at.folder / "linked").symlink_to(at.outside)
     (at.folder / "link.png").symlink_to(at.outside / "secret.png")
     row = {"file": road.format(outside=at.outside), "prompt": "a secret"}
-    told = pretokenize.prepare(0, row, [at.folder], known, 64, 0)
+    told = prepare(0, row, Recipe([at.folder], known, 64, 0))
     assert isinstance(told, shards.Rejected)
     assert "outside" in told.reason or "path" in told.reason

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import ascend, bench, npu, reference
+from kernels import ascend, bench, benchmark, npu, reference
 from kernels.cases import SIZES, cases, errors, expected
 
 CASES = cases(SIZES["tiny"])
@@ -64,7 +64,7 @@ def test_every_op_compiles(capsys):
 
 def test_an_output_that_lies_elsewhere_is_told_in_a_line(monkeypatch, capsys):
     turned = SimpleNamespace(swiglu_fwd=lambda gate, up: reference.swiglu_fwd(gate, up).mT.contiguous().mT, swiglu_bwd=reference.swiglu_bwd)  # fmt: skip
-    monkeypatch.setitem(bench.IMPLEMENTATIONS, "compiled", lambda: turned)
+    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "compiled", lambda: turned)
     bench.main(["swiglu", "--shape", "tiny", "--device", "cpu", "--repeat", "1", "--impl", "reference", "compiled"])
     said = capsys.readouterr()
     assert (
@@ -81,9 +81,9 @@ def test_help_says_what_is_not_timed(capsys):
 
 
 def test_an_npu_is_measured_in_bfloat16():
-    assert bench.dtypes(None, NPU) == ["bfloat16"]
-    assert bench.dtypes(None, torch.device("cpu")) == ["float32"]
-    assert bench.dtypes(["float16"], NPU) == ["float16"]
+    assert benchmark.dtypes(None, NPU) == ["bfloat16"]
+    assert benchmark.dtypes(None, torch.device("cpu")) == ["float32"]
+    assert benchmark.dtypes(["float16"], NPU) == ["float16"]
 
 
 def test_upstreams_triton_is_not_ascends(tmp_path, monkeypatch):
@@ -96,12 +96,12 @@ def test_upstreams_triton_is_not_ascends(tmp_path, monkeypatch):
     npu.triton_ascend.cache_clear()
     try:
         assert not npu.triton_ascend()
-        assert bench.missing("triton", NPU) == "triton-ascend is not installed"
-        assert bench.missing("triton", torch.device("cuda")) is None
+        assert benchmark.missing("triton", NPU) == "triton-ascend is not installed"
+        assert benchmark.missing("triton", torch.device("cuda")) is None
         npu.triton_ascend.cache_clear()
         (there / "ascend").mkdir()
         assert npu.triton_ascend()
-        assert bench.missing("triton", NPU) is None
+        assert benchmark.missing("triton", NPU) is None
     finally:
         npu.triton_ascend.cache_clear()
 
@@ -171,3 +171,10 @@ def test_an_error_is_a_part_of_the_largest_number():
 def test_every_case_names_kernels_that_an_npu_has():
     kernels = {call.kernel for case in CASES.values() for call in case.calls}
     assert kernels <= set(vars(ascend)) & set(vars(reference))
+
+
+def test_the_names_in_the_flags_are_all_there_are():
+    assert tuple(cases(SIZES["tiny"])) == bench.OPS
+    assert tuple(benchmark.IMPLEMENTATIONS) == bench.IMPLEMENTATIONS
+    assert tuple(SIZES) == bench.SHAPES
+    assert tuple(benchmark.DTYPES) == bench.DTYPES

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina_fn import checkpoint, convert
+from lumina_fn import checkpoint, conversion, convert
 from lumina_fn.errors import InputError
 from lumina_fn.formats import safe_pickle
 from tests.support.folders import (
@@ -31,7 +31,7 @@ from tests.support.folders import (
 )
 from tests.support.paths import ROOT
 
-TO = convert.WRITERS
+TO = conversion.WRITERS
 
 
 def command(*argv: object) -> tuple[int, str, str]:
@@ -61,7 +61,7 @@ def source(folder: Path, dtype: torch.dtype = torch.bfloat16, **config: object) 
 def test_there_and_back_is_the_identity(tmp_path, dtype, way):
     here = first = source(tmp_path / "first", dtype)
     for i, to in enumerate([*way.split(), "hf"]):
-        convert.convert(here, tmp_path / str(i), TO[to])
+        conversion.convert(here, tmp_path / str(i), TO[to])
         here = tmp_path / str(i)
     assert identical(read_hf(here), small_state(dtype))
     assert json.loads((here / "config.json").read_text()) == json.loads((first / "config.json").read_text())
@@ -76,14 +76,14 @@ def test_there_and_back_is_the_identity(tmp_path, dtype, way):
 def test_mixed_dtypes_are_kept(tmp_path):
     state = small_state()
     state["lm_head.weight"] = state["lm_head.weight"].float()
-    convert.convert(write_hf(tmp_path / "a", state, SMALL), tmp_path / "b", TO["native"])
-    convert.convert(tmp_path / "b", tmp_path / "c", TO["mindspeed"])
-    convert.convert(tmp_path / "c", tmp_path / "d", TO["hf"])
+    conversion.convert(write_hf(tmp_path / "a", state, SMALL), tmp_path / "b", TO["native"])
+    conversion.convert(tmp_path / "b", tmp_path / "c", TO["mindspeed"])
+    conversion.convert(tmp_path / "c", tmp_path / "d", TO["hf"])
     assert identical(read_hf(tmp_path / "d"), state)
 
 
 def test_a_mindspeed_folder_is_what_torch_and_mindspeed_read(tmp_path):
-    convert.convert(source(tmp_path / "a"), tmp_path / "b", TO["mindspeed"])
+    conversion.convert(source(tmp_path / "a"), tmp_path / "b", TO["mindspeed"])
     assert (tmp_path / "b" / "latest_checkpointed_iteration.txt").read_bytes() == b"release"
     file = tmp_path / "b" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     for mmap in (True, False):
@@ -99,19 +99,19 @@ def test_a_mindspeed_checkpoint_with_megatron_arguments_is_read(tmp_path):
     state["lm_head.weight"] = state["lm_head.weight"].T.contiguous().T  # stored column by column
     args = argparse.Namespace(path=Path("/"), dtype=torch.bfloat16, nested={(1, 2): {3}})
     folder = write_mindspeed(tmp_path / "m", state, args=args, iteration=5, rng_state=[{"a": b"bytes"}])
-    convert.convert(folder, tmp_path / "hf", TO["hf"])
+    conversion.convert(folder, tmp_path / "hf", TO["hf"])
     assert identical(read_hf(tmp_path / "hf"), small_state())
 
 
 def test_a_model_without_a_hugging_face_config_gets_one(tmp_path):
-    convert.convert(source(tmp_path / "a"), tmp_path / "n", TO["native"])
+    conversion.convert(source(tmp_path / "a"), tmp_path / "n", TO["native"])
     file = tmp_path / "n" / "config.json"
     native = json.loads(file.read_text())
     native["model"]["masked_ids"] = [3, 5]
     native["ids"] = {"start": 1, "end": 2, "newline": 3, "sep": 4, "size0": 5, "code0": 10, "codes": 16}
     for config in (None, SMALL):  # none, and one that describes another model
         file.write_text(json.dumps(native | {"source_config": config}))
-        convert.convert(tmp_path / "n", tmp_path / "hf", TO["hf"], overwrite=True)
+        conversion.convert(tmp_path / "n", tmp_path / "hf", TO["hf"], overwrite=True)
         assert checkpoint.load_model(tmp_path / "hf")[1] == checkpoint.load_model(tmp_path / "n")[1]
 
 
@@ -166,7 +166,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     (tmp_path / "secret").write_text("{}")
     (a / "vocab.json").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match=r"vocab\.json"):
-        convert.convert(a, tmp_path / "b", TO["native"])
+        conversion.convert(a, tmp_path / "b", TO["native"])
     assert not (tmp_path / "b").exists()
 
 
@@ -176,10 +176,10 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, stop):
     """The process dies after all the weights are written, or after everything but the final rename."""
     a = source(tmp_path / "a")
     code = (
-        "import os, sys, threading, time\nfrom lumina_fn import checkpoint, convert\nfrom lumina_fn.disk import files\n"
+        "import os, sys, threading, time\nfrom lumina_fn import checkpoint, conversion, convert\nfrom lumina_fn.disk import files\n"
         f"def hang(*_): os.write(1, b'.'); time.sleep(60)\n{stop} = hang\n"
-        "for to, write in convert.WRITERS.items():\n"
-        "  threading.Thread(target=convert.convert, args=(sys.argv[1], f'{sys.argv[2]}/{to}', write)).start()"
+        "for to, write in conversion.WRITERS.items():\n"
+        "  threading.Thread(target=conversion.convert, args=(sys.argv[1], f'{sys.argv[2]}/{to}', write)).start()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(a), str(tmp_path / "out")], stdout=subprocess.PIPE, cwd=ROOT
@@ -194,7 +194,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, stop):
         with pytest.raises(InputError):
             checkpoint.load_model(path)
     for to, write in TO.items():
-        convert.convert(a, tmp_path / "out" / to, write)
+        conversion.convert(a, tmp_path / "out" / to, write)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(TO)
 
 

@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ops
 from kernels import reference
-from lumina_fn import programs
-from lumina_fn.programs import CPU, Function
+from lumina_fn.programs import graphs
+from lumina_fn.programs.graphs import CPU, Function
 from lumina_fn.transform import compiled_pair, eager_pair, inductor, jit, keep_graph, remat
 from ops.rms_norm import _RMSNorm
 from tests.ops.test_ops import CASES, EPS, FIRST, QKV, angles
@@ -52,7 +52,7 @@ def exported(fn, *args):
     """fn as a program, written and read again."""
     function = Function(lambda *xs: list(fn(*xs)), tuple(args))
     file = io.BytesIO()
-    program = programs.export(function, CPU).program
+    program = graphs.export(function, CPU).program
     program._example_inputs = None
     torch.export.save(program, file)
     file.seek(0)
@@ -145,7 +145,7 @@ def test_graph_holds_the_backward_and_nothing_of_the_forward(name, how):
         graph = make_fx(pulled, tracing_mode="fake")(*args).graph
         graph.eliminate_dead_code()
     else:
-        graph = programs.export(Function(pulled, args), CPU).program.graph
+        graph = graphs.export(Function(pulled, args), CPU).program.graph
     calls = Counter(n.target.__name__.split(".")[0] for n in graph.nodes if n.op == "call_function")
     del calls["getitem"], calls["ones_like"]
     if name == "linear_cross_entropy":  # the loss, and both of the pass's gradients times the loss's own

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from lumina_fn import checkpoint, decode, export, model, programs, train
+from lumina_fn import checkpoint, decode, export, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
+from lumina_fn.programs import folder as program_files
+from lumina_fn.programs import graphs
 from lumina_fn.sharding import Mesh
 
 CFG = ModelConfig(vocab=61, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64)
@@ -44,10 +46,10 @@ def same(got: dict, want) -> None:
 
 def test_forward_of_any_length(folder, tmp_path, capsys):
     (told,) = exported(folder, tmp_path / "out", "--what", "forward", "--batch", "2")
-    run, params = export.load(tmp_path / "out", told["file"]), model.init(CFG, seed=2)
+    run, params = program_files.load(tmp_path / "out", told["file"]), model.init(CFG, seed=2)
     for length in (2, 7, 64):
         tokens = ids(2, length, seed=length)
-        same(run(programs.ForwardInputs(tokens, params)), model.forward(params, tokens, CFG))
+        same(run(graphs.ForwardInputs(tokens, params)), model.forward(params, tokens, CFG))
     assert told["parameters"] == sum(x.numel() for x in pytree.tree_leaves(params))
     assert told["ops"]["lumina.attention_fwd.default"] == CFG.layers
     assert told["sizes"] == {told["inputs"][0]["shape"][1]: [2, CFG.max_positions]}
@@ -66,7 +68,7 @@ def test_step(folder, tmp_path, packed):
         train.Packed(ids(2, 12), ids(2, 12, seed=1), first) if packed else train.Batch(ids(2, 12), ids(2, 12, seed=1))
     )
     lr = torch.tensor(1e-2)
-    got = export.load(tmp_path / "out", told["file"])(programs.StepInputs(state, batch, lr))
+    got = program_files.load(tmp_path / "out", told["file"])(graphs.StepInputs(state, batch, lr))
     after, metrics = train.make_update(CFG, opt, remat=True)(state, batch, lr)
     same(got, {"state": after, "metrics": metrics})
     assert not torch.equal(after.params.embed, state.params.embed)
@@ -82,8 +84,8 @@ def test_decoding(folder, tmp_path):
     cache = decode.empty_cache(params, CFG, 2, 16)
     decode.prefill(params, [ids(5), ids(3, seed=1)], cache, CFG)
     lengths, tokens = torch.tensor([5, 3]), ids(2, seed=2)
-    run = export.load(tmp_path / "out", told["file"])
-    got = run(programs.DecodeInputs(tokens, lengths, cache, params))
+    run = program_files.load(tmp_path / "out", told["file"])
+    got = run(graphs.DecodeInputs(tokens, lengths, cache, params))
     logits, new = decode.step(params, tokens, lengths, cache, CFG)
     same(got, {"logits": logits, "cache": new})
     x = decode.extend(params, tokens[:, None], lengths.tolist(), cache, CFG)  # writes over the cache
@@ -99,30 +101,32 @@ def test_a_bucket_each(folder, tmp_path):
 
 def test_sharded_step_gathers_each_block_twice():
     mesh = Mesh("0", 0, 8, "meta")
-    function = programs.step(CFG, train.AdamW(), mesh, batch=1, tokens=8)
-    counts = [str(n.target) for n in programs.export(function, programs.CPU).program.graph.nodes]
+    function = graphs.step(CFG, train.AdamW(), mesh, batch=1, tokens=8)
+    counts = [str(n.target) for n in graphs.export(function, graphs.CPU).program.graph.nodes]
     assert counts.count("lumina.all_gather.default") == 2 * CFG.layers + 2
     assert counts.count("lumina.reduce_scatter.default") == CFG.layers + 2
 
 
 ON_NPU = """if True:
     import sys, torch
-    from lumina_fn import errors, export, programs
+    from lumina_fn import export
+    from lumina_fn.process import entry
+    from lumina_fn.programs import folder, graphs
     from lumina_fn.errors import InputError
-    from lumina_fn.programs import Function
+    from lumina_fn.programs.graphs import Function
     for what in (["forward"], ["step", "--tokens", "16", "--remat"], ["step", "--tokens", "16", "--packed", "--devices", "8"],
                  ["decode", "--tokens", "16"]):
         assert export.main([sys.argv[1], sys.argv[2] + str(len(what)) + what[0], "--target", "npu", "--what", *what]) == 0
     def unknown(x):
         return x.cummax(0).values
     try:
-        programs.export(Function(unknown, [torch.empty(4, device="meta")]), programs.NPU)
+        graphs.export(Function(unknown, [torch.empty(4, device="meta")]), graphs.NPU)
     except InputError as error:
         print("refused:", error)
-    lacking = programs.NPU._replace(ops=programs.NPU.ops - {"npu.npu_swiglu.default"})
-    export.TARGETS["npu"] = lacking, torch.bfloat16
+    lacking = graphs.NPU._replace(ops=graphs.NPU.ops - {"npu.npu_swiglu.default"})
+    folder.TARGETS["npu"] = lacking, torch.bfloat16
     sys.argv[1:] = [sys.argv[1], sys.argv[2] + "lacking", "--target", "npu", "--what", "forward"]
-    errors.run(export.main)
+    entry.run(export.main)
 """
 
 
@@ -147,7 +151,7 @@ def test_for_an_npu(folder, tmp_path):
         (told,) = json.loads((tmp_path / f"out{out}" / "report.json").read_text())["programs"]
         assert {f"npu.{op}.default" for op in fused} <= told["ops"].keys()
         assert not [op for op in told["ops"] if op.startswith("lumina")]
-        assert set(told["ops"]) <= programs.converters()
+        assert set(told["ops"]) <= graphs.converters()
         if out == "1forward":
             assert told["sizes"] == {told["inputs"][0]["shape"][1]: [2, CFG.max_positions]}
         else:
@@ -175,7 +179,7 @@ def test_mistakes_have_one_line(folder, tmp_path):
     call = lambda *args: export.main([str(folder), str(tmp_path / "out"), "--target", "cpu", "--what", *args])
     with pytest.raises(InputError, match=r"--tokens 65: .* has 64 positions"):
         call("step", "--tokens", "65")
-    with pytest.raises(InputError, match="'0': expected a whole number above 0"):
+    with pytest.raises(InputError, match="--batch 0: expected at least 1"):
         call("step", "--batch", "0")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

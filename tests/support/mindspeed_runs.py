@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as real
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lumina_fn import convert, sources
+from lumina_fn import conversion, sources
 from lumina_fn.errors import InputError
 from lumina_fn.formats import names, tensor_files
 from tests.support.folders import SMALL
@@ -39,7 +39,7 @@ def save(folder: Path, state: dict, threads: int = 1) -> Path:
 
 def native(path: Path, to: Path) -> dict[str, Tensor]:
     """The tensors of the native folder that `path` converts to, under Hugging Face's names."""
-    convert.convert(path, to, convert.WRITERS["native"])
+    conversion.convert(path, to, conversion.WRITERS["native"])
     tensors = {
         key: tensor_files.read(t, "cpu", t.dtype)
         for file in to.glob("*.safetensors")

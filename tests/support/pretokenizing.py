@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from experiments import pretokenize
-from lumina_fn import checkpoint, errors, prompt, vq
+from lumina_fn import checkpoint, prompt, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.process import entry
 from tests.support.paths import GOLDENS
 
 MODEL = GOLDENS / "tokens" / "toy_tokenizer_bpe"
@@ -39,7 +40,7 @@ def calling(tmp_path, small_vq, monkeypatch, capsys):
         argv = [path, out, "--model", model, "--vq", vq, "--size", size, "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", ["pretokenize", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
-            errors.run(pretokenize.main)
+            entry.run(pretokenize.main)
         return ended.value.code, capsys.readouterr().err.splitlines()
 
     return call

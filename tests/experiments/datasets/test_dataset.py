@@ -17,8 +17,9 @@ from experiments import pretokenize
 from experiments.datasets import duplicates, statistics
 from experiments.datasets.duplicates import Fingerprint, fingerprint, near
 from experiments.demo import shapes
-from lumina_fn import checkpoint, data, errors, prompt
+from lumina_fn import checkpoint, data, prompt
 from lumina_fn.features import shards
+from lumina_fn.process import entry
 from tests.support.project_copy import ROOT
 
 MODEL, VQ = ROOT / "experiments/demo/assets/lm", ROOT / "experiments/demo/assets/vq"
@@ -69,7 +70,7 @@ def call(monkeypatch, capsys):
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["dataset", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
-            errors.run(command.main)
+            entry.run(command.main)
         return ended.value.code, *capsys.readouterr()
 
     return call

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from experiments import finetune
 from experiments.finetuning import loop
-from lumina_fn import checkpoint, convert, data, errors, prompt, sources, train
+from lumina_fn import checkpoint, convert, data, prompt, sources, train
+from lumina_fn.process import entry
 from tests.support import folders
 from tests.support.small_run import CODES, write_features, write_lm
 
@@ -41,7 +42,7 @@ def call(tmp_path, lm, tokens, monkeypatch, capsys):
         argv = ["--model", model, "--features", features, "--out", out, "--compile", "off", "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", ["finetune", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
-            errors.run(finetune.main)
+            entry.run(finetune.main)
         return ended.value.code, capsys.readouterr().err.splitlines()
 
     return call

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import migrate
+from experiments.migration import run
 from lumina_fn.errors import InputError
 from tests.support.mindspeed_guide import BASE, write_guide
 
@@ -69,7 +70,7 @@ def test_what_looks_like_a_command_stays_a_word(tmp_path, word, devices):
     assert seen == [command["words"] for command in commands]
     assert any(word in part for command in seen for part in command)
     assert not hit.exists()
-    assert not (migrate.PROJECT / "hit").exists()
+    assert not (run.PROJECT / "hit").exists()
 
 
 @pytest.mark.parametrize("flag", ["--node_rank 0", "--master_addr localhost", "--master_port 6000", "--nnodes $NODES"])

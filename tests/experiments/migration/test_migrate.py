@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import finetune, migrate, settings
+from experiments import finetune, migrate
 from experiments.migration import field_rules
-from lumina_fn import convert, data
+from lumina_fn import conversion, data
 from lumina_fn.errors import InputError
+from lumina_fn.process.flags import parse
 from tests.support.extracted_features import write_alpha, write_mindspeed
 from tests.support.folders import TOKENIZER as MODEL
 from tests.support.mindspeed_guide import BASE, FILES, PREDICTOR, TRAIN, migrated, write_guide
@@ -26,7 +27,7 @@ def test_the_commands_run(tmp_path):
     """From pictures to a tuned model, pictures and both of the other formats, with the embedded default's small models."""
     guide, assets = tmp_path / "guide", ROOT / "experiments/demo/assets"
     for kind, place in (("hf", "w"), ("mindspeed", "converted")):
-        convert.convert(assets / "lm", guide / place, convert.WRITERS[kind])
+        conversion.convert(assets / "lm", guide / place, conversion.WRITERS[kind])
     config = json.loads((guide / "w/config.json").read_text())
     own = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
     sizes = {field: config.get(own.get(field, field), PREDICTOR[field]) for field in PREDICTOR}
@@ -65,7 +66,7 @@ def test_the_commands_say_what_the_guide_says(tmp_path, capsys):
     parsed = {}
     for module in ("pretokenize", "finetune", "sample"):
         kind = importlib.import_module(f"experiments.{module}").Settings
-        parsed[module] = settings.parse(kind, None, found[f"experiments.{module}"])
+        parsed[module] = parse(kind, None, found[f"experiments.{module}"])
     pre, run, draw = parsed["pretokenize"], parsed["finetune"], parsed["sample"]
     assert (pre.data, pre.out, pre.model) == (guide / "set/data.json", guide / "feats", guide / "w")
     assert (pre.vq, pre.size, pre.image_root) == (guide / "vq.ckpt", 256, guide)
@@ -118,7 +119,7 @@ def test_the_example_folder_will_do_and_so_will_its_files_alone(tmp_path, where)
 def test_one_device_needs_no_launcher(tmp_path):
     found = migrated(write_guide(tmp_path / "guide", devices=1), tmp_path / "out")
     assert "launch" not in found
-    run = settings.parse(finetune.Settings, None, found["experiments.finetune"])
+    run = parse(finetune.Settings, None, found["experiments.finetune"])
     assert run.batch == 4
     assert "torchrun" not in (tmp_path / "out/commands.sh").read_text()
 
@@ -129,7 +130,7 @@ def test_two_machines_run_the_same_script(tmp_path):
     script.write_text(script.read_text().replace("NODES=${NODES:-1}", "NNODES=2\nNODES=$NNODES"))
     found = migrated(guide, tmp_path / "out")
     assert "experiments/launch/ascend_2x8.sh" in found["launch"]
-    assert settings.parse(finetune.Settings, None, found["experiments.finetune"]).batch == 64
+    assert parse(finetune.Settings, None, found["experiments.finetune"]).batch == 64
     assert 'NODE_RANK="${NODE_RANK:-0}" ' in (tmp_path / "out/commands.sh").read_text()
     assert "| `NNODES` | 2 | mapped |" in (tmp_path / "out/report.md").read_text()
 
@@ -138,7 +139,7 @@ def test_features_that_are_there_are_used(tmp_path):
     guide = write_guide(tmp_path / "guide")
     write_mindspeed(guide / "feats", [(4, 4)])
     found = migrated(guide, tmp_path / "out")
-    run = settings.parse(migrate.Settings, None, found["experiments.migrate"])
+    run = parse(migrate.Settings, None, found["experiments.migrate"])
     assert (run.source, run.out, run.model) == (guide / "feats", guide / "feats-lumina", guide / "w")
     assert value(found["experiments.finetune"], "--features") == str(guide / "feats-lumina")
     assert "experiments.pretokenize" not in found  # a comment

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import finetune, settings
+from experiments import finetune
 from experiments.finetuning import loop
 from experiments.finetuning.settings import Settings
 from experiments.launching import distributed
 from experiments.launching.distributed import ALONE, World
 from experiments.planning import memory
-from lumina_fn import checkpoint, data, errors, prompt
+from lumina_fn import checkpoint, data, prompt
 from lumina_fn.costs import footprint
 from lumina_fn.costs.cost import Setup
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import shards
-from lumina_fn.process import out_of_memory
+from lumina_fn.process import entry, out_of_memory
+from lumina_fn.process.flags import parse
 from lumina_fn.process.out_of_memory import OutOfMemory
 from lumina_fn.state import manifest
 from tests.support.paths import ROOT
@@ -101,7 +102,7 @@ def test_a_command_ends_with_a_line(error, capsys):
         raise error from (MemoryError() if isinstance(error, InputError) else None)
 
     with pytest.raises(SystemExit) as ended:
-        errors.run(main)
+        entry.run(main)
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 1
     assert line.startswith("error: out of memory: ")
@@ -187,7 +188,7 @@ def argv(features: Path, out: Path, *flags) -> list[str]:
 
 
 def room(features: Path, out: Path, *flags, world: World = ALONE) -> memory.Room:
-    run = settings.parse(Settings, None, argv(features, out, *flags))
+    run = parse(Settings, None, argv(features, out, *flags))
     longest = int(data.FeatureSet(features).lengths().max())
     cfg = checkpoint.read_config(LM)
     return memory.room(run, world, replace(cfg, masked_ids=()), longest, torch.device("cpu"), torch.float32)

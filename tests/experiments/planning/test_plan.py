@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from experiments import plan
-from lumina_fn import checkpoint, errors, model
+from lumina_fn import checkpoint, model
+from lumina_fn.process import entry
 from tests.support import folders
 from tests.support.paths import ROOT
 from tests.support.planned_steps import TINY
@@ -118,7 +119,7 @@ def test_a_folder_needs_its_config_alone(tmp_path, capsys):
 def test_a_mistake_is_one_line(flags, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda _: plan.main(flags.split()))
+        entry.run(lambda _: plan.main(flags.split()))
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert message in line

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lumina_fn import convert, sources
+from lumina_fn import conversion, sources
 from lumina_fn.errors import InputError
 from lumina_fn.formats import names, safe_pickle, tensor_files
 from tests.support.folders import SMALL, identical, small_state
@@ -158,7 +158,7 @@ def test_a_large_shape_takes_no_memory_and_a_cut_file_no_time(there):
     flipped[data.index(small_state()[KEY.removeprefix("model.")].view(torch.uint8).numpy().tobytes()) + 5] ^= 1
     (there / "__0_0.distcp").write_bytes(flipped)
     with pytest.raises(InputError, match="checksum"):
-        convert.convert(there, there.parent / "n", convert.WRITERS["native"])
+        conversion.convert(there, there.parent / "n", conversion.WRITERS["native"])
     assert not (there.parent / "n").exists()
 
 

@@ -17,9 +17,10 @@ import torch.utils._pytree as pytree
 
 from experiments.finetuning import resuming
 from experiments.launching import processes
-from lumina_fn import checkpoint, errors, model, sharding
+from lumina_fn import checkpoint, model, sharding
 from lumina_fn.disk import marks
 from lumina_fn.errors import InputError
+from lumina_fn.process import entry
 from lumina_fn.state import manifest, saved_state
 from lumina_fn.state.manifest import Damaged
 from tests.support.resumed_runs import RUN, TINY, assert_same_bits, cut, finetune, random_state, written_inputs  # noqa: F401
@@ -272,5 +273,5 @@ def test_another_model_s_checkpoint_is_refused(written):
     with pytest.raises(InputError, match="holds no checkpoint"):
         checkpoint.restore(written / "nowhere")
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda _: checkpoint.restore(written / "nowhere"))
+        entry.run(lambda _: checkpoint.restore(written / "nowhere"))
     assert ended.value.code == 2

@@ -27,7 +27,7 @@ from lumina_fn.errors import InputError
 from lumina_fn.optim import AdamW
 from lumina_fn.sharding import Mesh
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Function(NamedTuple):

@@ -1,0 +1,1 @@
+"""What only an Ascend NPU can show."""

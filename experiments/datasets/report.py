@@ -1,0 +1,165 @@
+"""`experiments.dataset report`: what a dataset holds, before or after its pictures become tokens."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments import devices
+from experiments.datasets import html, inspection, statistics, verify
+from experiments.datasets.inspection import Look
+from lumina_fn import data, images, prompt, vq
+from lumina_fn.disk import files, places, reading
+from lumina_fn.errors import InputError
+from lumina_fn.features import dataset
+
+if TYPE_CHECKING:
+    from experiments.dataset import Report
+
+WINDOW = 1024  # rows that are under way at once
+Picture = Callable[[Look], Image.Image]  # of a row; raises InputError
+
+
+def report(run: "Report") -> int:
+    is_features = run.source.is_dir()
+    _check(run, is_features)
+    if run.out:
+        places.place(run.out, _inputs(run))
+    if run.json:
+        places.place_of_file(run.json, _inputs(run))
+    looks, show = _features(run) if is_features else _rows(run)
+    done = [look for look in looks if look.reason is None]
+    drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
+    sampled = [done[i] for i in sorted(drawn.tolist())] if show else []
+    kind = "features" if is_features else "data"
+    found = statistics.summary(str(run.source), kind, looks, run.distance, sampled)
+    text, numbers = statistics.text(found) + "\n", json.dumps(found, indent=1) + "\n"
+    if run.json:
+        files.write_atomic(run.json, numbers)
+    if run.out:
+        by_row = {look.row: look for look in looks}
+        pictures = {row: _shown(show, by_row[row]) for row in html.shown_rows(found)}
+        with files.new_folder(run.out, "report", run.overwrite) as folder:
+            (folder / "report.txt").write_text(text, encoding="utf-8")
+            (folder / "report.json").write_text(numbers, encoding="utf-8")
+            (folder / "report.html").write_text(html.page(found, pictures), encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+def _check(run: "Report", is_features: bool) -> None:
+    wrong = {"data": run.data, "vq": run.vq} if not is_features else {"model": run.model}
+    for name, value in wrong.items():
+        if value:
+            raise InputError(
+                f"--{name}: not of use for {run.source}, which is {'a folder' if is_features else 'no folder'}; leave it out"
+            )
+    if run.image_root and not run.image_root.is_dir():
+        raise InputError(f"--image-root {run.image_root}: no such folder")
+    if run.json and run.json.exists():
+        _check_replaced(run)
+    images.crop_sizes(run.size)
+
+
+def _check_replaced(run: "Report") -> None:
+    """InputError unless the file that --json names may be replaced: as asked for, and only by what it is, a report."""
+    places.place_of_file(run.json, _inputs(run))
+    if not run.overwrite:
+        raise InputError(f"--json {run.json}: the file exists; give a new place, or --overwrite to replace it")
+    try:
+        found = reading.json_object(run.json, "a report").get("format")
+    except InputError as error:
+        raise InputError(f"--json: {error}; it is not replaced, give another place") from error
+    if found != statistics.FORMAT:
+        raise InputError(f"--json {run.json} is no report of lumina's: it is not replaced, give another place")
+
+
+def _inputs(run: "Report") -> list[Path]:
+    return [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
+
+
+def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
+    """Every row of DATA.json, and how its pictures are shown."""
+    rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
+    tokenizer = prompt.load_tokenizer(run.model) if run.model else None
+    look = lambda i: inspection.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
+    return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(roots, run.size)]
+
+
+def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
+    """Every row of a feature set's manifest, and how its pictures are shown: source and decoded side by side where both are there."""
+    done = inspection.open_done(run.source)
+    manifest = inspection.read_manifest(done.features)
+    show: list[Picture] = []
+    if run.data:
+        show.append(_source_pictures(_roots(run.data, run.image_root), done.features.origin.size))
+    if run.vq:
+        show.append(_decoded_pictures(run, done.features))
+    rows = dataset.read_rows(run.data) if run.data else None
+    picture = show[0] if show and run.near else None
+    look = lambda i: inspection.at_entry(done, manifest[i], rows, picture)
+    return _looks(look, len(manifest), (os.cpu_count() or 1) if run.data else 1), show
+
+
+def _roots(path: Path, image_root: Path | None) -> list[Path]:
+    return [path.parent, *([image_root] if image_root else [])]
+
+
+def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
+    def source(look: Look) -> Image.Image:
+        loaded = images.load(dataset.find(look.file, roots), size)
+        if look.sha256 not in (loaded.sha256.hex(), None):
+            raise InputError(f"{look.file} changed")
+        return loaded.image
+
+    return source
+
+
+def _decoded_pictures(run: "Report", features: data.FeatureSet) -> Picture:
+    params, cfg = verify.same_vq(run.vq, features, devices.checked_device(run))
+    device = params.codebook.device
+
+    @torch.inference_mode()
+    def decoded(look: Look) -> Image.Image:
+        codes = torch.from_numpy(features.text_and_codes(look.item)[1].astype(np.int64))
+        if codes.max() >= cfg.codes:
+            raise InputError(f"code {codes.max()}: {run.vq} has {cfg.codes}; was the set made with it?")
+        return Image.fromarray(vq.pixels(vq.decode(params, codes[None].to(device), cfg))[0].cpu().numpy())
+
+    return decoded
+
+
+def _shown(show: Sequence[Picture], look: Look) -> list[Image.Image]:
+    """The row's pictures, as many as there are still."""
+    shown = []
+    for picture in show:
+        try:
+            shown.append(picture(look))
+        except InputError:  # a source that is gone by now; verify names it
+            continue
+    return shown
+
+
+def _looks(look: Callable[[int], Look], count: int, workers: int) -> list[Look]:
+    """What `look` gives for every row, in order. Progress is shown on a terminal."""
+    console, looks = Console(stderr=True), []
+    with (
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+        ThreadPoolExecutor(workers) as threads,
+    ):
+        warnings.simplefilter("ignore")
+        bar = progress.add_task("looking at rows", total=count)
+        for start in range(0, count, WINDOW):
+            looks += threads.map(look, range(start, min(start + WINDOW, count)))
+            progress.update(bar, completed=len(looks))
+    return looks

@@ -1,0 +1,140 @@
+"""The run of `experiments.migrate`, once its settings are known: a guide becomes commands, extracted features become a feature set."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from experiments.migration import guide as migration_guide
+from experiments.migration.command_lines import Command
+from experiments.migration.guide import Guide
+from experiments.migration.shell import quoted
+from lumina_fn import prompt
+from lumina_fn.disk import files, places
+from lumina_fn.errors import InputError, printable
+from lumina_fn.features import foreign, shards
+from lumina_fn.features.shards import Feature, Origin, Rejected
+
+if TYPE_CHECKING:
+    from experiments.migrate import Settings
+
+PROJECT = Path(__file__).parents[2]
+REFUSED = 20  # fields that are named in an error
+SAID = {"note": "note", "yourself": "look at this yourself"}  # on the terminal
+
+
+def main(run: "Settings") -> None:
+    if not run.source.is_dir():
+        raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
+    if foreign.indexes(run.source):
+        _features(run)
+    elif run.model is not None or run.size:
+        raise InputError(f"{run.source} holds no extracted features, which --model and --size are for")
+    else:
+        _guide(run)
+
+
+def _features(run: "Settings") -> None:
+    if run.model is None:
+        raise InputError(f"{run.source} holds extracted features: name their model's folder with --model")
+    tokenizer = prompt.load_tokenizer(run.model)
+    origin = Origin(run.size, 0, tokenizer.ids, tokenizer.fingerprint, vq="")
+    places.place(run.out, [run.source, run.model])
+    left: list[foreign.Left] = []
+    with files.new_folder(run.out, shards.KIND, run.overwrite) as folder:
+        file_of: dict[int, str] = {}
+        done = shards.write_features(folder, _kept(foreign.read(run.source, tokenizer), left, file_of), origin)
+        if not done:
+            raise InputError(f"{run.source}: none of {len(left)} records could be used; the first: {left[0].reason}")
+        _write_manifest(folder, left, file_of)
+    twice = sum(item.duplicate for item in left)
+    print(
+        printable(
+            f"{done} features, {len(left) - twice} quarantined, {twice} duplicates of a record left out: {run.out}"
+        )
+    )
+
+
+def _kept(
+    results: Iterator[tuple[Feature, str] | foreign.Left], left: list[foreign.Left], file_of: dict[int, str]
+) -> Iterator[Feature]:
+    """The features; what became none goes to the list. Progress is shown on a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        for result in progress.track(results, total=None, description="records"):
+            if isinstance(result, foreign.Left):
+                left.append(result)
+            else:
+                feature, file_of[result[0].row] = result
+                yield feature
+
+
+def _write_manifest(folder: Path, left: list[foreign.Left], file_of: dict[int, str]) -> None:
+    rejected = [Rejected(item.row, item.file, item.reason) for item in left]
+    lines = [r._asdict() for r in rejected]
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"row": r.row, "file": r.file, "status": "quarantined", "reason": r.reason} for r in rejected]
+    for entry in shards.read_index(folder).entries:
+        content = shards.read(folder / entry.file)
+        lines += shards.manifest(entry.file, content, file_of, lambda source: None)
+    lines.sort(key=lambda line: line["row"])
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _guide(run: "Settings") -> None:
+    guide = migration_guide.read(run.source)
+    if refused := [f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
+        more = f"; and {len(refused) - REFUSED} more" * (len(refused) > REFUSED)
+        raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused[:REFUSED])}{more}"))  # fmt: skip
+    script = commands(guide)
+    places.place(run.out, [run.source])
+    with files.new_folder(run.out, "migration", run.overwrite) as folder:
+        (folder / "commands.sh").write_text(script)
+        (folder / "report.md").write_text(report(guide))
+        record = {"working_directory": str(guide.root), "fields": [line._asdict() for line in guide.lines], "commands": [c._asdict() for c in guide.commands]}  # fmt: skip
+        (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(printable(line) for line in script.splitlines()))
+    for line in guide.lines:
+        if line.kind in SAID:
+            print(printable(f"{SAID[line.kind]}: {line.file}: {line.field} {line.value:.200}: {line.here}"))
+    print(printable(f"{len(guide.lines)} fields, each in {run.out / 'report.md'}; the commands above are in {run.out / 'commands.sh'}"))  # fmt: skip
+
+
+def commands(guide: Guide) -> str:
+    """A script of the commands, each with a line that says what it does. Of the guide's own text it has quoted words and nothing else."""
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# The guide's scripts worked in {printable(guide.root)}: relative paths were found against it.",
+        "set -eu",
+        quoted(["cd", str(PROJECT)]),
+    ]
+    for word in guide.set_env:
+        lines.append(f"if [ -f {word} ]; then set +u; . {word}; set -u; fi")
+    for command in guide.commands:
+        mark = "" if command.active else "# "
+        note = "" if command.active else " (or, instead of the above)"
+        lines += ["", f"# {command.what}{note}", mark + shown(command)]
+    return "\n".join(lines) + "\n"
+
+
+def shown(command: Command) -> str:
+    """A command as one line of a shell."""
+    environment = {name: quoted([value]) for name, value in command.environment.items()}
+    if environment.get("NNODES", "1") != "1":  # the other machines run the same script
+        environment["NODE_RANK"] = f'"${{NODE_RANK:-{environment["NODE_RANK"]}}}"'
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), quoted(command.words)])
+
+
+def report(guide: Guide) -> str:
+    cell = lambda text: printable(text).replace("|", "\\|") or "-"
+    rows = [f"| {cell(line.file)} | `{cell(line.field)}` | {cell(line.value)} | {SAID.get(line.kind, line.kind)} | {cell(line.here)} |" for line in guide.lines]  # fmt: skip
+    head = [
+        "# What became of the guide's fields", "", f"The scripts' working directory: {printable(guide.root)}", "",
+        "| file | field | value | | here |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join([*head, *rows]) + "\n"

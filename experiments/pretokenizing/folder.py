@@ -1,0 +1,117 @@
+"""OUT, the folder of a feature set: what a run finds in it, and how the set becomes complete."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.pretokenizing import shard_claims
+from experiments.pretokenizing.shard_claims import Shard
+from lumina_fn import images
+from lumina_fn.disk import files, marks, places, reading
+from lumina_fn.errors import InputError
+from lumina_fn.features import shards
+from lumina_fn.features.parts import digest
+from lumina_fn.features.shards import MANIFEST, QUARANTINE, Origin, Rejected
+
+ORIGIN = "origin.json"  # what a set is begun with
+
+
+def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
+    """The set's shards: rows in their order, `size` at a time, under names that tell what they are made from."""
+    told = []
+    for number, begin in enumerate(range(0, len(rows), size)):
+        part = range(begin, min(begin + size, len(rows)))
+        made_from = [shards.FORMAT, asdict(origin), begin, rows[begin : part.stop]]
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        told.append(Shard(number, shards.name(number, key), part))
+    return told
+
+
+def begin(out: Path, origin: Origin, planned: list[Shard], *, overwrite: bool, shard: int, retry: bool) -> None:
+    """OUT as this run needs it: new, or what an earlier run with the same settings left."""
+    with places.writable(out):
+        out.mkdir(exist_ok=True)
+        if overwrite:
+            marks.check(out, shards.KIND, is_ours)
+            files.empty(out, is_ours)
+        files.remove_unfinished(out)
+        made = json.dumps({**asdict(origin), "shard": shard}, indent=1) + "\n"
+        if (out / ORIGIN).exists():
+            _same(out, json.loads(made))
+        elif others := sorted(path.name for path in out.iterdir() if path.name != marks.NAME):
+            raise InputError(f"{out} is no feature set (it holds {others[0]}): give another place")
+        if marks.read(out) is None:
+            files.write_atomic(out / marks.NAME, marks.text(shards.KIND, []))
+        if not (out / ORIGIN).exists():
+            files.write_atomic(out / ORIGIN, made)
+        shard_claims.begin(out)
+        if retry:
+            (out / shards.INDEX).unlink(missing_ok=True)  # unfinished until they are made again
+            for planned_shard in planned:
+                path = out / planned_shard.name
+                if path.exists() and shards.read(path).rejected:
+                    path.unlink()
+
+
+def is_ours(path: str) -> bool:
+    """Whether a path below OUT (a folder's ends with "/") is one that pretokenize writes."""
+    own = path in (MANIFEST, QUARANTINE, ORIGIN) or shards.is_ours(path) or shard_claims.is_ours(path)
+    return own or ("/" not in path and files.is_unfinished(Path(path)))
+
+
+def _same(out: Path, now: dict[str, Any]) -> None:
+    """InputError where OUT was begun with other settings."""
+    try:
+        then = reading.json_object(out / ORIGIN, "the settings that a feature set was begun with")
+    except InputError as error:
+        raise InputError(f"{error}; give another place, or --overwrite to start afresh") from error
+    if wrong := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
+        raise InputError(
+            f"{out} was begun otherwise: {'; '.join(wrong)}; give another place, or --overwrite to start afresh"
+        )
+
+
+def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]) -> list[Rejected]:
+    """The index and the manifest over all shards; what belongs to an earlier state of the set is removed."""
+    known = _checksums(out)
+    read = [
+        (
+            shard.name,
+            shards.read(out / shard.name),
+            shard_claims.checksum(out, shard) or known.get(shard.name) or digest(out / shard.name),
+        )
+        for shard in planned
+    ]
+    name_of = {i: row.get("file") if isinstance(row, dict) else None for i, row in enumerate(rows)}
+    rejected = [r for _, content, _ in read for r in content.rejected]
+    told = (
+        line
+        for name, content, _ in read
+        for line in shards.manifest(name, content, name_of, lambda size: _crop(size, origin.size))
+    )
+    with places.writable(out):
+        files.write_atomic(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in told))
+        files.write_atomic(out / QUARANTINE, "".join(json.dumps(r._asdict()) + "\n" for r in rejected))
+        shards.finish(out, origin, read)
+        kept = {MANIFEST, QUARANTINE, ORIGIN, *shards.names(out)}
+        shard_claims.forget(out)
+        for path in list(out.iterdir()):
+            if path.name not in kept and shards.is_ours(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink()
+    return rejected
+
+
+def _checksums(out: Path) -> dict[str, str | None]:
+    """By shard, those of the set that OUT was before, where it was one."""
+    with suppress(InputError):
+        return {entry.file: entry.sha256 for entry in shards.read_index_file(out).shards}
+    return {}
+
+
+def _crop(source: tuple[int, int], target: int) -> dict[str, Any] | None:
+    how = images.cut(source, target)
+    return how and {"size": how.size, "cover": how.cover, "corner": how.corner}

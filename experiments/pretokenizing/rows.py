@@ -1,0 +1,45 @@
+"""One row of a dataset, prepared: its picture cut, its caption as ids, and everything checked that needs no model."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.pretokenizing.encoding import Prepared
+from lumina_fn import images, prompt
+from lumina_fn.errors import InputError
+from lumina_fn.features import dataset
+from lumina_fn.features.shards import Rejected
+from lumina_fn.process.ranges import LONGEST_CAPTION
+from lumina_fn.prompt import Tokenizer
+
+SIZE_TEXT_PROBABILITY = 0.9  # of a prompt that says the picture's size
+
+
+class Recipe(NamedTuple):
+    """How rows become features, but for the VQ."""
+
+    roots: Sequence[Path]  # folders that pictures may lie in
+    tokenizer: Tokenizer
+    size: int  # pixels; pictures become about size x size
+    seed: int  # of the choice which prompts say the picture's size
+    longest: int = LONGEST_CAPTION  # characters of a caption
+
+
+def prepare(index: int, value: Any, recipe: Recipe) -> Prepared | Rejected:
+    """Everything about a row that needs no model: a function of the row, its file and the recipe."""
+    tokenizer = recipe.tokenizer
+    try:
+        row = dataset.row(value)
+        if problem := prompt.caption_problem(tokenizer, row.prompt, recipe.longest):
+            raise InputError(problem)
+        loaded = images.load(dataset.find(row.file, recipe.roots), recipe.size)
+        prompt.check_size(tokenizer, *loaded.image.size)
+    except InputError as error:
+        file = value.get("file") if isinstance(value, dict) else None
+        return Rejected(index, file if isinstance(file, str) else None, str(error))
+    drawn = hashlib.sha256(json.dumps([recipe.seed, row.file, row.prompt]).encode()).digest()
+    with_size = int.from_bytes(drawn[:8]) < SIZE_TEXT_PROBABILITY * 2**64
+    text = prompt.prompt_ids(tokenizer, row.prompt, *loaded.image.size, with_size)
+    return Prepared(index, text, *loaded)

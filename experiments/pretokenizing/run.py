@@ -1,0 +1,133 @@
+"""The run of `experiments.pretokenize`, once its settings are known."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from experiments import devices
+from experiments.finetuning import run_folder
+from experiments.launching.distributed import World
+from experiments.planning import memory
+from experiments.pretokenizing import folder, shard_claims
+from experiments.pretokenizing.encoding import Encode, Tally, encode_shards
+from experiments.pretokenizing.rows import Recipe, prepare
+from experiments.pretokenizing.shard_claims import Shard
+from lumina_fn import checkpoint, data, errors, images, prompt, vq
+from lumina_fn.config import VQConfig
+from lumina_fn.disk import places
+from lumina_fn.errors import InputError
+from lumina_fn.features import dataset, shards
+from lumina_fn.features.shards import QUARANTINE, Feature, Origin, Rejected
+from lumina_fn.prompt import Tokenizer
+from lumina_fn.vocab import PIXELS_PER_CODE
+
+if TYPE_CHECKING:
+    from experiments.pretokenize import Settings
+
+
+@memory.lowered_by("lower --batch, --workers or --size")
+def main(run: "Settings", world: World) -> None:
+    tokenizer = prompt.load_tokenizer(run.model)
+    _check(run, tokenizer)
+    device = devices.checked_device(run, world.device, world.say)
+    rows = dataset.read_rows(run.data)
+    out = places.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
+    vq_params, vq_cfg = checkpoint.load_vq(run.vq)
+    if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
+        raise InputError(
+            f"{run.vq}: {vq_cfg.codes} codes of {vq_cfg.downsampling} pixels; "
+            f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
+        )
+    origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
+    planned = folder.plan(rows, origin, run.shard)
+    if run.overwrite and out.exists():
+        roots = _roots(run)
+        places.place(out, (Path(root, file) for file in map(dataset.file_of, rows) if file for root in roots))
+    with run_folder.locked(out) if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            folder.begin(out, origin, planned, overwrite=run.overwrite, shard=run.shard, retry=run.retry)
+        world.barrier()
+        tally = _encode(run, world, out, rows, planned, tokenizer, encoder(vq_params, vq_cfg, device))
+        world.barrier()
+        busy, wall, done_here = (world.total(round(1000 * x)) / 1000 for x in (tally.busy, tally.wall, tally.rows))
+        if world.rank == 0:
+            rejected = folder.finish(out, origin, planned, rows)
+    if world.rank != 0:
+        return
+    if len(rejected) == len(rows):
+        first = rejected[0]
+        raise InputError(
+            f"{run.data}: none of {len(rows)} rows could be used; row {first.row} ({first.file}): {first.reason}; "
+            f"all reasons are in {run.out / QUARANTINE}"
+        )
+    rate = (
+        f"; {done_here * world.size / wall:.1f} pictures/s, the device was busy {busy / wall:.0%} of the time"
+        if done_here
+        else ""
+    )
+    print(errors.printable(f"{len(rows) - len(rejected)} done, {len(rejected)} quarantined: {run.out}{rate}"))
+
+
+def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
+    params = pytree.tree_map(lambda t: t.to(device), params)
+
+    @torch.inference_mode()
+    def encode(batch: Tensor) -> np.ndarray:
+        return vq.encode(params, batch.to(device), cfg).cpu().numpy()
+
+    return encode
+
+
+def _encode(
+    run: "Settings",
+    world: World,
+    out: Path,
+    rows: Sequence[Any],
+    planned: list[Shard],
+    tokenizer: Tokenizer,
+    encode: Encode,
+) -> Tally:
+    """This rank's part of the work, with progress on rank 0's terminal."""
+    recipe = Recipe(_roots(run), tokenizer, run.size, run.seed, run.longest_caption)
+    ready = lambda i: prepare(i, rows[i], recipe)
+
+    def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
+        with places.writable(out):
+            return shards.write(out / shard.name, features, rejected, tokenizer.ids)
+
+    workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
+    console = Console(stderr=True)
+    missing = [shard for shard in planned if not (out / shard.name).exists()]
+    with (
+        Progress(console=console, disable=world.rank != 0 or not console.is_terminal) as progress,
+        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+    ):
+        warnings.simplefilter("ignore")
+        share = sum(len(shard.rows) for shard in missing) / world.size
+        bar = progress.add_task("pictures to tokens", total=share)
+        return encode_shards(
+            shard_claims.claimed(out, planned, world.rank, world.size), ready, encode, write, batch=run.batch, workers=workers,
+            progress=lambda n: progress.advance(bar, n),
+        )  # fmt: skip
+
+
+def _roots(run: "Settings") -> list[Path]:
+    """The folders that pictures may lie in."""
+    return [run.data.parent, *([run.image_root] if run.image_root else [])]
+
+
+def _check(run: "Settings", tokenizer: Tokenizer) -> None:
+    images.crop_sizes(run.size)
+    prompt.check_size(tokenizer, run.size, run.size)
+    if run.image_root and not run.image_root.is_dir():
+        raise InputError(f"--image-root {run.image_root}: no such folder")

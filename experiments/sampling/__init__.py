@@ -1,0 +1,1 @@
+"""What `experiments.sample` is made of."""

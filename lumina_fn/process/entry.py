@@ -1,0 +1,130 @@
+"""A command from its start to its exit code: 0 done, 2 a user's mistake in one line, 130 Ctrl-C, 1 anything else."""
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TextIO
+
+from lumina_fn.errors import InputError, printable
+from lumina_fn.process import out_of_memory, startup
+
+LONGEST = 4000  # characters of an error's line: it may quote a stranger's file
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 1 for memory that was refused (the same),
+    130 for Ctrl-C.
+
+    Where standard output is closed (`| head`) the command ends as if it were done; where it cannot be written, with 1 and a line.
+    """
+    if signal.getsignal(signal.SIGINT) in (startup.end_at_once, signal.default_int_handler):
+        signal.signal(signal.SIGINT, startup.interrupt)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _watched(stream))
+    code = _code(main)
+    _lost_output()  # or Python, which writes the rest of it at its end, has the last word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes milliseconds
+    sys.exit(code)
+
+
+def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
+    try:
+        code = main(None) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except InputError as error:
+        refused = out_of_memory.line(error)  # of which something was made: a file that was not to blame is named, say
+        tell(f"error: {printable((refused or str(error))[:LONGEST])}")
+        return 1 if refused else 2
+    except KeyboardInterrupt:
+        tell("stopped")
+        return 130
+    except SystemExit as asked:  # --help
+        return _written(asked.code if isinstance(asked.code, int) else 1 if asked.code else 0)
+    except Exception as error:
+        if _interrupted(error):
+            tell("stopped")
+            return 130
+        if refused := out_of_memory.line(error):
+            tell(f"error: {printable(refused)}")
+            return 1
+        lost = _lost_output() if isinstance(error, OSError) else None
+        if lost is not None:
+            return _unheard(lost)
+        if isinstance(error, OSError) and error.filename is not None:  # a disk that fails, say
+            tell(f"error: {printable(error.filename)}: {error.strerror}")
+            return 1
+        raise
+
+
+def _unheard(lost: int) -> int:
+    """The exit code where standard output was lost."""
+    if lost == errno.EPIPE:  # `| head` has all that it wanted
+        return 0
+    tell(
+        f"error: cannot write to standard output: {os.strerror(lost)}; what was asked for may be done: look at its folder"
+    )
+    return 1
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether a library made another error of Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _written(code: int) -> int:
+    """The exit code of what has said all it had to say."""
+    with suppress(OSError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    lost = _lost_output()
+    return code if lost is None else _unheard(lost)
+
+
+def tell(line: str) -> None:
+    """A line on stderr, where there is one."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, which remembers that it could not be written: the error itself looks like any file's."""
+
+    lost: int | None = None  # the error's number
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = error.errno
+            raise
+
+
+def _watched(stream: TextIO) -> TextIO:
+    raw = _Output(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+    )
+
+
+def _lost_output() -> int | None:
+    """The error number where standard output or error could not be written; they then lead nowhere. None where both could."""
+    found = None
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # None where there is no such stream
+            stream.flush()
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if isinstance(raw, _Output) and raw.lost is not None:
+            found = raw.lost
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, raw.fileno())
+            os.close(null)
+    return found
