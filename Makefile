@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-fast ascend-test ascend-kernels soak fuzz lint bench bench-quick npu-check
+.PHONY: setup demo test test-all test-fast ascend-test ascend-kernels soak fuzz lint bench bench-quick npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -26,10 +26,15 @@ demo: setup
 
 # Tensors of tests are tiny: a second thread costs more than it gives, a second process does not.
 # A file's tests stay in one process and in order: blocks of the README build on each other.
-test test-fast ascend-test ascend-kernels: export OMP_NUM_THREADS := 1
+test test-all test-fast ascend-test ascend-kernels: export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -q -n 2 --dist loadfile -p tests.ascend.ladder
 
+# Every law, and a part of the sweeps that widen them: another part each time, whose number is printed. SWEEP=3 plays part 3.
+SWEEP ?= part
 test: setup .venv-npu/installed
+	$(BIN)/python $(PYTEST) --rungs 1,2 --sweep $(SWEEP)
+
+test-all: setup .venv-npu/installed
 	$(BIN)/python $(PYTEST) --rungs 1,2
 
 test-fast: setup .venv-npu/installed

@@ -9,6 +9,12 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.support import shapes
+from tests.support.sweep import (  # noqa: F401  (pytest calls these)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 # Code compiled by earlier runs is not trusted: a compiler that was killed leaves an empty library, which Inductor loads ever after.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # set where this is a worker: all of a session share one

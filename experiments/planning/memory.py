@@ -117,7 +117,7 @@ def room(
     run: Any, world: "World", cfg: "ModelConfig", longest: int, device: "torch.device", compute: "torch.dtype"
 ) -> Room:
     """A finetune's room; `longest` is its longest item's tokens."""
-    from experiments import plan
+    from experiments.planning import plan
     from lumina_fn.features import batches
 
     tokens = min(run.pack or batches.bucket(longest), cfg.max_positions)

@@ -1,21 +1,21 @@
-"""A small run of `finetune` in a process of its own, and training states to save, restore and compare.
+"""A small run of the command `finetune`, and training states to save, restore and compare.
 
 The fixture's function has a name of its own, so that a test's argument hides no import.
 """
 
-import os
-import subprocess
-import sys
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 
+from experiments import finetune as command
 from lumina_fn import model, sharding, train
 from lumina_fn.config import ModelConfig
+from lumina_fn.process import entry
 from tests.experiments.launching.test_launch import rows
-from tests.support.paths import ROOT
 from tests.support.small_run import write_inputs
 
 TINY = ModelConfig(vocab=53, width=16, layers=2, heads=2, kv_heads=1, hidden=24)
@@ -32,13 +32,13 @@ RUN = ["--log-every", 1, "--batch", 3, "--caption-drop", 0.5, "--lr", 1e-2, "--n
 
 
 def finetune(inputs, out: Path, *flags, code: int = 0) -> str:
-    """The command in a process of its own; what it says."""
-    command = [sys.executable, "-m", "experiments.finetune", *inputs, "--out", out, *RUN, *flags]
-    done = subprocess.run(
-        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """The command, in this process; what it prints."""
+    argv = [str(word) for word in (*inputs, "--out", out, *RUN, *flags)]
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        ended = entry._code(lambda _: command.main(argv))
+    assert ended == code, printed.getvalue()
+    return printed.getvalue()
 
 
 def numbers(out: Path) -> list[dict]:

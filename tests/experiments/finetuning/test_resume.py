@@ -15,7 +15,8 @@ from experiments.launching.stopping import Stop
 from lumina_fn import checkpoint
 from lumina_fn.state import manifest
 from tests.experiments.launching.test_launch import launch, rows, torchrun, until  # noqa: F401
-from tests.support.resumed_runs import ROOT, RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
+from tests.support.paths import ROOT
+from tests.support.resumed_runs import RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
 
 SLOW = pytest.mark.slow
 

@@ -17,7 +17,8 @@ from lumina_fn import checkpoint, convert, model
 from lumina_fn.errors import InputError
 from lumina_fn.state import manifest, saved_state
 from tests.experiments.launching.test_launch import rows
-from tests.support.resumed_runs import ROOT, RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
+from tests.support.paths import ROOT
+from tests.support.resumed_runs import RUN, assert_same_bits, finetune, numbers, written_inputs  # noqa: F401
 from tests.support.small_run import write_features
 
 SLOW = pytest.mark.slow

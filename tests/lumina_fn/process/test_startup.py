@@ -30,7 +30,7 @@ def shell(line: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["experiments.pretokenize x y", "lumina_fn.convert x y --to hf"])
+@pytest.mark.parametrize("command", ["experiments.pretokenize x y --model m --vq v", "lumina_fn.convert x y --to hf"])
 def test_memory_that_is_refused_while_a_command_imports(command):
     """PyTorch's library alone takes more; a program like it ends with Python's own exit code."""
     ended = shell(f"ulimit -v 300000; {sys.executable} -m {command}")
@@ -52,8 +52,10 @@ def test_what_compiles_nothing_does_not_wait_for_the_compiler():
     """Its imports take two seconds."""
     code = """
 import sys
-from experiments import pretokenize, sample, dataset
-from lumina_fn import config, convert, model, vq
+from experiments.pretokenizing import run
+from experiments.sampling import run as sampling
+from experiments.datasets import report, verify
+from lumina_fn import config, conversion, model, vq
 model.init(config.LUMINA_7B, device="meta")
 vq.init(config.VQConfig(), device="meta")
 assert not {"torch._dynamo", "torch._functorch.aot_autograd"} & set(sys.modules)

@@ -30,6 +30,12 @@ def moved(rank: int, size: int, folder: Path, strategy: str, shard_size: int | N
     dist.barrier()
 
 
+def test_one_mesh_restores_what_another_saved(tmp_path):
+    for step, (size, strategy) in enumerate([(2, "fsdp"), (1, "fsdp")]):
+        processes.run(size, moved, tmp_path, strategy, None, step)
+    assert_same_bits(checkpoint.restore(tmp_path)[0], random_state())
+
+
 @SLOW
 def test_any_mesh_restores_what_any_other_saved(tmp_path):
     meshes = [

@@ -1,4 +1,4 @@
-"""Every block of README.md and docs/ is run as written, in a copy of the project, or says in a comment what it needs.
+"""Every block of the README, of docs/ and of the pages for contributors is run as written, in a copy of the project, or says in a comment what it needs.
 
 A comment `<!-- needs: weights -->` (or hardware, network) right before a block keeps it from being run. Its commands are then called
 in an empty folder, where they must fail for want of a file, not of a flag. `<!-- run by: make -->`: the targets themselves.
@@ -13,11 +13,18 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.__main__ import COMMANDS
 from lumina_fn.errors import InputError
 from tests.support import project_copy
 from tests.support.project_copy import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "reference" not in path.parts),
+]
+CHINESE = {ROOT / "README.zh-CN.md": ROOT / "README.md"} | {
+    path: ROOT / "docs" / path.relative_to(ROOT / "docs/zh") for path in sorted((ROOT / "docs/zh").rglob("*.md"))
+}
 FENCE = re.compile(
     r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -40,8 +47,10 @@ def read(name: str, page: str) -> list[Block]:
     ]
 
 
-BLOCKS = [block for path in PAGES for block in read(path.name, path.read_text())]
-COMMANDS = [b for b in BLOCKS if b.language in RUN]
+name_of = lambda path: str(path.relative_to(ROOT))
+# A page in Chinese has the same blocks, which is tested: they are run once.
+BLOCKS = [b for path in PAGES if path not in CHINESE for b in read(name_of(path), path.read_text())]
+RUNNABLE = [b for b in BLOCKS if b.language in RUN]
 where = lambda block: f"{block.page}:{block.line}"
 
 
@@ -51,7 +60,7 @@ def copy(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in COMMANDS if b.mark is None], ids=where)
+@pytest.mark.parametrize("block", [b for b in RUNNABLE if b.mark is None], ids=where)
 def test_block_runs(block, copy):
     """The blocks of a page run in order, in one folder: a later one may use what an earlier one left."""
     program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
@@ -76,13 +85,15 @@ def test_block_is_run_or_says_why_not(block):
 
 
 def ours(block: Block) -> list[list[str]]:
-    """The `python -m` commands of a block, each as its module and arguments."""
+    """The commands of a block that are ours, each as its module and arguments."""
     lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
-    return [words[2:] for words in lines if words[:2] == ["python", "-m"]]
+    modules = {command.name: command.module for command in COMMANDS}
+    ran = [words[2:] for words in lines if words[:2] == ["python", "-m"]]
+    return ran + [[modules[words[1]], *words[2:]] for words in lines if words[:1] == ["lumina"]]
 
 
 @pytest.mark.parametrize(
-    "command", [c for b in COMMANDS if b.mark and b.mark.startswith("needs") for c in ours(b)], ids=" ".join
+    "command", [c for b in RUNNABLE if b.mark and b.mark.startswith("needs") for c in ours(b)], ids=" ".join
 )
 def test_command_that_needs_something_has_the_right_flags(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -91,7 +102,7 @@ def test_command_that_needs_something_has_the_right_flags(command, tmp_path, mon
     assert "--help" not in str(error.value)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -100,6 +111,14 @@ def test_links_lead_somewhere(page):
 
 def test_no_block_is_overlooked():
     for path in PAGES:
-        assert len(re.findall(r"^\s*(?:```|~~~)", path.read_text(), re.MULTILINE)) == 2 * sum(
-            b.page == path.name for b in BLOCKS
-        )
+        count = len(read(name_of(path), path.read_text()))
+        assert len(re.findall(r"^\s*(?:```|~~~)", path.read_text(), re.MULTILINE)) == 2 * count
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=name_of)
+def test_a_page_in_chinese_has_the_headings_and_blocks_of_the_english_one(page):
+    shape = lambda path: (
+        [len(marks) for marks in re.findall(r"^(#+) ", FENCE.sub("", path.read_text()), re.MULTILINE)],
+        [block[2:] for block in read("", path.read_text())],
+    )
+    assert shape(page) == shape(CHINESE[page])
