@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: spinning ones take the cores of whatever runs beside them.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test test-all test-fast ascend-test ascend-kernels soak fuzz lint bench bench-quick npu-check
+.PHONY: setup demo test test-all test-fast ascend-test ascend-kernels soak fuzz lint docs notebooks bench bench-quick npu-check
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -65,6 +65,15 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site of docs/, in build/docs. A warning is an error, and nothing is loaded from a network.
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
+# Notebooks keep their outputs: run each, and write what it shows into its .ipynb.
+notebooks: setup
+	$(BIN)/python -m tests.support.notebooks
 
 # The peers of `make bench`, in a venv that shows .venv's packages under its own.
 .venv-bench/installed: .venv/installed

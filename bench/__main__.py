@@ -1,6 +1,6 @@
 """Everything that is compared: ceilings of this machine, then each row beside its peer, in one go.
 
-    make bench          all of it, about an hour; writes bench/results.json and the tables of the README
+    make bench          all of it, about an hour; writes bench/results.json, the README's table and its chart
     make bench-quick    a few minutes: fewer sizes, runs and tokens; writes runs/bench-quick.json
 
 Each side computes in a fresh process with two threads, and sides take turns. A row that misses its target says so and why.
@@ -21,7 +21,7 @@ from lumina_fn.process import entry
 from lumina_fn.process.flags import parse
 
 RESULTS = Path(__file__).parent / "results.json"
-README = RESULTS.parents[1] / "README.md"
+README, CHART = (RESULTS.parents[1] / name for name in ("README.md", "docs/speed.svg"))
 PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "language": language.rows,
     "decoding": decoding.rows,
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None) -> int:
     files.write_atomic(run.out, json.dumps(results, indent=1) + "\n")
     if run.out == RESULTS:
         files.write_atomic(README, table.inserted(README.read_text(), results))
+        table.draw(CHART, results)
     met = [row["name"] for row in rows.values() if row["met"]]
     print(f"\n{len(met)} of {len(rows)} targets are met; {run.out}")
     return 0

@@ -150,11 +150,11 @@ def rows(quick: bool) -> Iterator[Row]:
         for name, took in read.items()
     }
     yield row(
-        "checkpoint_1g4", "time until a checkpoint is there and peak memory above the state, ours / dcp.async_save",
+        "checkpoint_1g4", "time until a checkpoint is there and peak memory above the state, dcp.async_save / ours",
         {
             "blocked_share": "<= 0.2", "differing": "<= 0", "peak_of_allowed": "<= 1", "restoring_peak_of_allowed": "<= 1",
         },
-        wall=ratio(total, found["dcp.async_save"][1]).median, rss=max(above) / max(found["dcp.async_save"][3]),
+        wall=ratio(found["dcp.async_save"][1], total).median, rss=max(found["dcp.async_save"][3]) / max(above),
         measured={
             "blocked_share": share.median, "blocked_spread": share[1:], "state_gb": state / GB, **others, "restoring": readers,
             "differing": sum(map(sum, (took[2] for took in read.values()))),

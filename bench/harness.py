@@ -173,7 +173,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
 
 
 class Row(NamedTuple):
-    """A line of the results. `means` says what of what the ratios are; those that were not measured are None."""
+    """A line of the results. `means` says what is compared. A ratio is theirs over ours (above 1: ours is faster, or smaller); None where there is no other side."""
 
     name: str
     means: str
@@ -212,11 +212,11 @@ def row(
 def speed_row(
     name: str, target: Mapping[str, str], ours: Runs, theirs: Runs, *, measured: Mapping[str, Any], limit: str = ""
 ) -> Row:
-    """How many times as fast ours is (above 1: faster), and its share of their memory."""
+    """How many times as fast ours is, and how many times as much memory theirs takes."""
     wall, cpu = speeds(ours, theirs)
     return row(
-        name, "speed, ours / theirs; peak memory, ours / theirs", target,
-        cpu=cpu.median, wall=wall.median, rss=ours.peak / theirs.peak,
+        name, "time and peak memory, theirs / ours", target,
+        cpu=cpu.median, wall=wall.median, rss=theirs.peak / ours.peak,
         measured={"cpu_spread": cpu[1:], "wall_spread": wall[1:], "pairs": len(ours.samples), **sides_of(ours, theirs), **measured},
         limit=limit,
     )  # fmt: skip

@@ -97,8 +97,8 @@ def rows(quick: bool) -> Iterator[Row]:
     if quick:
         return
     yield from training_rows(
-        2048, {"cpu_ratio": ">= 1.4", "wall_ratio": ">= 1.45", "rss_ratio": "<= 0.42"},
-        {"cpu_ratio": ">= 1.1", "wall_ratio": ">= 1.1", "rss_ratio": "<= 0.37"}, 3,
+        2048, {"cpu_ratio": ">= 1.4", "wall_ratio": ">= 1.45", "rss_ratio": ">= 2.38"},
+        {"cpu_ratio": ">= 1.1", "wall_ratio": ">= 1.1", "rss_ratio": ">= 2.7"}, 3,
     )  # fmt: skip
     yield from step_rows(2048, 5)
     yield growth_row()
@@ -132,7 +132,7 @@ def step_rows(tokens: int, rounds: int) -> Iterator[Row]:
     measured = {"peak_gb": above / GB, "weights_x4_gb": weights / GB, "activations_gb": activations / GB}
     yield row(
         "step_state", "peak memory above what is imported / (4 x weights + the activations of experiments.plan)",
-        {"rss_ratio": "<= 1.1"}, rss=above / (weights + activations), measured=measured,
+        {"of_predicted": "<= 1.1"}, measured={"of_predicted": above / (weights + activations), **measured},
     )  # fmt: skip
     share = lambda of: (flops(CFG, tokens) / getattr(runs, of)) / (FLOPS / getattr(products, of))
     measured = {
@@ -141,7 +141,7 @@ def step_rows(tokens: int, rounds: int) -> Iterator[Row]:
     }  # fmt: skip
     yield row(
         "sgemm_fraction", f"the step's model FLOPs a second (causal attention) / those of a product of {SIDE} x {SIDE} matrices",
-        {"cpu_ratio": ">= 0.76"}, cpu=share("cpu"), wall=share("wall"), measured=measured,
+        {"of_product": ">= 0.76"}, measured={"of_product": share("cpu"), "of_product_wall": share("wall"), **measured},
     )  # fmt: skip
 
 
@@ -160,8 +160,9 @@ def growth_row() -> Row:
     logits = 4 * tokens * (CFG.vocab - small.vocab)
     few, many = (processes.run(1, of_first_step, layers)[0] for layers in (4, 32))
     return row(
-        "growth", "the first step's time, 32 layers / 4", {"wall_ratio": "<= 1.3", "of_logits": "<= 0.5"}, wall=many / few,
+        "growth", "the first step's time, 32 layers / 4", {"of_few_layers": "<= 1.3", "of_logits": "<= 0.5"},
         measured={
+            "of_few_layers": many / few,
             "ms_per_token": per_token, "first_step_s": {"4": few, "32": many},
             "beside_parameters_gb": {str(vocab): size / GB for vocab, size in more.items()},
             "of_logits": (more[CFG.vocab] - more[small.vocab]) / logits,

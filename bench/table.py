@@ -1,35 +1,39 @@
-"""Results as a reader sees them: a line each, and the README's table."""
+"""Results as a reader sees them: a line each on the terminal, the README's table and its chart, one number in each cell."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- make bench writes this -->", "<!-- as far as here -->"
 RATIOS = ("cpu_ratio", "wall_ratio", "rss_ratio")
-SPREADS = {"cpu_ratio": "cpu_spread", "wall_ratio": "wall_spread"}
 Result = Mapping[str, Any]  # a row of results.json
+# What the README shows: rows with another side, by what each does and what it is compared with.
+SHOWN = {
+    "train_348m_t2048": ("forward and backward, 348M, 2048 tokens", "transformers, Chameleon"),
+    "train_348m_t2048_remat": ("the same with remat", "transformers, Chameleon"),
+    "decode_plain": ("sampling, 348M", "transformers, generate"),
+    "decode_guided": ("sampling with guidance, 348M", "transformers, generate"),
+    "vq_encode_512": ("MoVQGAN encode, 512 px", "diffusers, VQModel"),
+    "vq_decode_512": ("MoVQGAN decode, 512 px", "diffusers, VQModel"),
+    "fsdp_w2": ("sharded step, 2 processes", "torch, FSDP"),
+    "checkpoint_1g4": ("checkpoint complete, 1.4 GB", "torch, dcp.async_save"),
+    "convert_7b": ("convert 7.88B, synced to disk", "cp, not synced"),
+}
 
 
 def told(row: Result) -> str:
     """A row on one line."""
-    ratios = [f"{name.removesuffix('_ratio')} {_ratio(row, name)}" for name in RATIOS if row[name] is not None]
-    return f"{row['name']}: {', '.join(ratios) or _others(row)}; {'met' if row['met'] else 'MISSED: ' + row['reason']}"
+    ratios = [f"{name.removesuffix('_ratio')} {row[name]:.3g}x" for name in RATIOS if row[name] is not None]
+    asked = [f"{key} {row['measured'][key]} ({bound})" for key, bound in row["target"].items() if key not in RATIOS]
+    return f"{row['name']}: {', '.join(ratios + asked)}; {'met' if row['met'] else 'MISSED: ' + row['reason']}"
 
 
 def markdown(results: Result) -> str:
-    """The README's table, with what bounds it."""
-    ceilings = results["ceilings"]
-    lines = [
-        f"Ceilings of the machine in the same run, with one and two threads: sgemm {ceilings['sgemm_gflops_1']} and "
-        f"{ceilings['sgemm_gflops_2']} GFLOP/s, copying {ceilings['copy_gb_s_1']} and {ceilings['copy_gb_s_2']} GB/s, reading "
-        f"{ceilings['read_gb_s_1']} and {ceilings['read_gb_s_2']} GB/s.",
-        "",
-        "| row | CPU time | wall time | peak memory | beside it (ours / theirs) | asked | met |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        asked = ", ".join(f"{_plain(key)} {bound}" for key, bound in row["target"].items())
-        cells = [f"`{row['name']}` ({row['means']})", *(_ratio(row, name) for name in RATIOS), _others(row), asked]
-        lines.append(f"| {' | '.join(cells)} | {'yes' if row['met'] else 'no: ' + row['reason']} |")
+    """The README's table: ratios are theirs over ours."""
+    lines = ["| task | beside | times as fast | times less memory |", "|---|---|---:|---:|"]
+    for row in _shown(results):
+        numbers = (f"{row[name]:.2f}" if row[name] is not None else "" for name in ("wall_ratio", "rss_ratio"))
+        lines.append(f"| {' | '.join((*SHOWN[row['name']], *numbers))} |")
     return "\n".join(lines)
 
 
@@ -40,33 +44,31 @@ def inserted(text: str, results: Result) -> str:
     return f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}"
 
 
-def _ratio(row: Result, name: str) -> str:
-    if row[name] is None:
-        return ""
-    spread = row["measured"].get(SPREADS.get(name))
-    return f"{row[name]:.3g}x" + (f" ({spread[0]:.3g} to {spread[1]:.3g})" if spread else "")
+def draw(path: Path, results: Result) -> None:
+    """The same as a bar chart: an SVG whose bars say how many times as fast ours is."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "lumina", "font.family": "DejaVu Sans", "svg.fonttype": "path"})
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in _shown(results) if row["wall_ratio"] is not None][::-1]
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.1), layout="constrained")
+    speeds = [row["wall_ratio"] for row in rows]
+    bars = axis.barh(range(len(rows)), speeds, color=["#3b6fb6" if speed >= 1 else "#b0662f" for speed in speeds])
+    axis.bar_label(bars, [f"{speed:.1f}x" for speed in speeds], padding=4)
+    axis.set_yticks(
+        range(len(rows)), [f"{SHOWN[row['name']][0]}\nvs {SHOWN[row['name']][1]}" for row in rows], fontsize=8
+    )
+    axis.axvline(1, color="0.4", linewidth=1, linestyle=":")
+    axis.set_xlim(0, max(speeds) * 1.12)
+    axis.set_xlabel("times as fast as the other (dotted: equally fast); 2 CPU cores, float32")
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
-def _others(row: Result) -> str:
-    """What was measured beside the ratios; what both sides took as `ours / theirs`."""
-    told = []
-    for key, value in row["measured"].items():
-        twin = f"their_{key.removeprefix('our_')}"
-        if key.startswith("our_") and twin in row["measured"]:
-            told.append(f"{_plain(key.removeprefix('our_'))} {_value(value)} / {_value(row['measured'][twin])}")
-        elif not key.startswith("their_") and not key.endswith("_spread"):
-            told.append(f"{_plain(key)} {_value(value)}")
-    return ", ".join(told)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"({', '.join(f'{_plain(key)}: {_value(item)}' for key, item in value.items())})"
-    if isinstance(value, list):
-        return f"({', '.join(map(_value, value))})"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _plain(key: str) -> str:
-    """A key's words, its unit set apart: our_wall_s is `our wall s`."""
-    return key.replace("_", " ")
+def _shown(results: Result) -> list[Result]:
+    by_name = {row["name"]: row for row in results["rows"]}
+    return [by_name[name] for name in SHOWN if name in by_name]

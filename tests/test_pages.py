@@ -122,3 +122,11 @@ def test_a_page_in_chinese_has_the_headings_and_blocks_of_the_english_one(page):
         [block[2:] for block in read("", path.read_text())],
     )
     assert shape(page) == shape(CHINESE[page])
+
+
+def test_every_function_on_the_path_of_a_row_is_where_the_page_says():
+    page = (ROOT / "docs/explanation/path-of-a-row.md").read_text()
+    named = re.findall(r"`(\w+)` in `([\w/]+\.py)`", page)
+    assert len(named) >= 25
+    for name, file in named:
+        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE), (name, file)
