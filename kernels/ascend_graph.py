@@ -1,7 +1,7 @@
 """From an exported program to the graph that Ascend's graph engine (GE) compiles; the only file that imports torch_npu.
 
-Conversion is torchair's, of the torch_npu wheel that tests/ascend/overlay.py pins, with its faults put right: each of them has
-a test in tests/ascend/test_wheel_bugs.py that fails once the wheel needs no help.
+The conversion is that of torchair, in the torch_npu wheel that tests/ascend/overlay.py pins, with its bugs worked around. Each bug
+has a test in tests/ascend/test_wheel_bugs.py that fails once the wheel is fixed.
 """
 
 from collections import Counter
@@ -25,8 +25,8 @@ FUSION_ATTENTION_GRAD = torch.ops.npu.npu_fusion_attention_grad.default
 def to_ge(program: ExportedProgram) -> GraphDef:
     """The GE graph of a program whose tensors are on device npu.
 
-    Raises ValueError naming every op that has no converter: torchair alone would leave a node of its name in the graph, and say
-    nothing until an NPU is asked to run it. Of an op whose converter only raises, torchair's own error names the first.
+    Raises ValueError, which names every op that has no converter: torchair alone leaves a node of that name in the graph, which fails
+    only when an NPU runs it. For ops whose converter only raises, torchair's own error names the first.
     """
     with overridden():
         graph = ge_graph_ascend._optimize_and_convert(program).proto
@@ -36,7 +36,7 @@ def to_ge(program: ExportedProgram) -> GraphDef:
 
 
 def compiled(program: ExportedProgram, config: CompilerConfig | None = None) -> Callable[..., Any]:
-    """A function of the program's inputs, in order, that the graph engine runs: compiled by CANN when it is first called."""
+    """A function of the program's inputs, in order, that runs on the graph engine; CANN compiles it at the first call."""
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     with overridden():
         return get_compiler(config)(program.graph_module, inputs)
@@ -48,19 +48,19 @@ def op_counts(graph: GraphDef) -> Counter[str]:
 
 
 def unconverted(graph: GraphDef) -> list[str]:
-    """The types that are names of PyTorch's ops; GE's own have no dot."""
+    """The types in the graph that are names of PyTorch's ops: those contain a dot, GE's own do not."""
     return sorted({op.type for op in graph.op if "." in op.type})
 
 
 @contextmanager
 def overridden() -> Iterator[None]:
-    """The converters below in place of the wheel's."""
+    """Within the block, the converters defined here replace the wheel's."""
     wheels = get_or_auto_gen_converter(FUSION_ATTENTION_GRAD)
 
     def fusion_attention_grad(
         *args: Any, sink: None = None, softmax_layout: str = "", meta_outputs: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """The wheel's, which knows neither the two newest arguments nor the fifth output, the gradient of `sink`."""
+        """The wheel's converter, which lacks the two newest arguments and the fifth output, the gradient of `sink`."""
         if sink is not None or softmax_layout:
             raise NotImplementedError("npu_fusion_attention_grad with sink or softmax_layout has no GE converter")
         return *wheels(*args, **kwargs), ge.Const(0.0)

@@ -29,12 +29,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage before it."""
+        """Exit with 2 and one line; argparse would print the usage first."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> _Parser:
-    about, _, notes = __doc__.partition("\n")
+    about, _, notes = (__doc__ or "").partition("\n")
     program = sys.argv[0] if sys.argv[0].startswith("lumina ") else "python -m kernels.bench"
     parser = _Parser(
         prog=program, description=about, epilog=notes, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,6 +70,7 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None: those of sys.argv); the exit code."""
     parser = _parser()
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(f"lumina-fn {importlib.metadata.version('lumina-fn')}")

@@ -49,13 +49,13 @@ class Row(NamedTuple):
 
 
 def _compiled() -> SimpleNamespace:
-    """By Inductor. What works in place (a name that ends in _) is one call of PyTorch's already."""
+    """The reference compiled by Inductor, without its functions that work in place (names ending in _): those are one call already."""
     functions = {name: fn for name, fn in vars(reference).items() if isinstance(fn, FunctionType) and name[-1] != "_"}
     return SimpleNamespace(**{name: torch.compile(fn, dynamic=False) for name, fn in functions.items()})
 
 
 def triton_kernels() -> SimpleNamespace:
-    """Our own of all ops that have one."""
+    """Our Triton kernels, by name."""
     modules = [importlib.import_module(f"kernels.{name}") for name in TRITON]
     return SimpleNamespace(**{name: fn for module in modules for name, fn in vars(module).items()})
 
@@ -69,7 +69,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Any]] = {
 
 
 def missing(impl: str, device: torch.device) -> str | None:
-    """Why an implementation cannot run on a device, if it cannot."""
+    """The reason why an implementation cannot run on a device; None if it can."""
     match impl:
         case "compiled" if device.type == "npu":
             return "torch.compile is left to CPUs and to CUDA"
@@ -84,18 +84,18 @@ def missing(impl: str, device: torch.device) -> str | None:
     return None
 
 
-MEASURED, GIVEN = "measured", "given"  # where a peak is from
+MEASURED, GIVEN = "measured", "given"  # sources of a peak
 
 
 def rows(op: str, some: Sequence[Side], times: Sequence[Sequence[float]], peak: Peak, **common: Any) -> list[Row]:
-    """What was measured of an op."""
-    first: dict[str, Sequence[float]] = {}  # by the part of the op
+    """The rows of an op's measured calls."""
+    first: dict[str, Sequence[float]] = {}  # times of the first implementation, by the part of the op
     made = []
     for side, own in zip(some, times, strict=True):
         call, median = side.call, statistics.median(own)
         others = first.setdefault(call.part, own)
         at_peak = {"compute": call.flops / peak.flops, "memory": side.bytes / peak.bandwidth}
-        bound = max(at_peak, key=at_peak.get)
+        bound = max(at_peak, key=at_peak.__getitem__)
         ratio = statistics.median(a / b for a, b in zip(own, others, strict=True))
         made.append(
             Row(
@@ -108,7 +108,7 @@ def rows(op: str, some: Sequence[Side], times: Sequence[Sequence[float]], peak: 
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    """Aligned, and Markdown. The unit of a rate says what bounds the op."""
+    """The lines of an aligned Markdown table. The unit of a rate shows what bounds the op: TFLOP/s compute, GB/s memory."""
     head = ("op", "part", "dtype", "impl", "ms", "ratio", "rate", "of peak", "error", "eager's", "memory, MB")
     rate = lambda row: f"{row.tflop_per_s:.3g} TFLOP/s" if row.bound == "compute" else f"{row.gb_per_s:.3g} GB/s"
     cells = [
@@ -122,7 +122,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def caption(found: Sequence[Row]) -> list[str]:
-    """What the rates are parts of, and what was counted."""
+    """Lines below the table: the peaks that rates are compared with, and how FLOP are counted."""
     peaks = {(row.device, row.dtype, row.peak_tflops, row.peak_gbps, row.peak_source) for row in found}
     return [
         *(f"Peak of {device}, {dtype}: {tflops:.3g} TFLOP/s and {gbps:.3g} GB/s, {source}." for device, dtype, tflops, gbps, source in sorted(peaks)),
@@ -131,7 +131,7 @@ def caption(found: Sequence[Row]) -> list[str]:
 
 
 def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """All or nothing: the file is there once it is whole."""
+    """Write all rows to a CSV file, which appears only when complete."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([Row._fields, *found])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -143,7 +143,7 @@ def write_csv(path: Path, found: Sequence[Row]) -> None:
 
 
 def not_ours(path: Path) -> str | None:
-    """Why a file is not written over, if it is not: only a table of this command is."""
+    """The reason why a file must not be overwritten: it is no table of this command. None if it may be."""
     if not os.path.lexists(path):
         return None
     if path.is_symlink() or not path.is_file():
@@ -169,13 +169,14 @@ def _device(name: str, refuse: Callable[[str], NoReturn]) -> torch.device:
 
 
 def dtypes(asked: list[str] | None, device: torch.device) -> list[str]:
+    """The names of the dtypes to measure: those given by the user, else bfloat16 on an NPU and float32 elsewhere."""
     return asked or ["bfloat16" if device.type == "npu" else "float32"]
 
 
 def _implementations(
     asked: Sequence[str] | None, device: torch.device, refuse: Callable[[str], NoReturn]
 ) -> dict[str, Any]:
-    """By name; of those that cannot run here, the ones that were asked for are an error."""
+    """The implementations to measure, by name. One that cannot run here is an error if the user asked for it, else left out."""
     loaded = {}
     for name in IMPLEMENTATIONS:  # in this order: the reference is what others are compared with
         if asked is not None and name not in asked:
@@ -195,7 +196,7 @@ def _say(line: str) -> None:
 
 
 def run(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
-    """Print the table of what was asked for. `refuse` ends the command with a line."""
+    """Measure what the arguments ask for and print the table; the exit code. `refuse` ends the command with a line."""
     sizes: Sizes = SIZES[args.shape]
     if args.tokens:
         sizes = sizes._replace(tokens=args.tokens, slots=max(args.tokens, sizes.new))

@@ -1,8 +1,8 @@
 """Every op at a size, as data: its inputs, the kernels that make its results, and what those must compute and move.
 
-An implementation is whatever has functions of kernels.reference's names: a module, torch.ops.lumina, or a namespace of some. How far
-its results are off is said against the reference in float64, and next to that of eager PyTorch: the reference in the same
-precision. Both are computed on the CPU, so that every device is judged by the same numbers.
+An implementation is any object whose functions have the names of kernels.reference's: a module, torch.ops.lumina, a namespace. The
+error of its results is the distance to the reference in float64; it is reported beside the error of eager PyTorch, which is the
+reference in the same precision. Both are computed on the CPU, so that every device is compared with the same numbers.
 """
 
 import math
@@ -21,7 +21,7 @@ Values = dict[str, Any]  # inputs and results by name: tensors, lists of them, n
 
 
 class Call(NamedTuple):
-    """A kernel with the names of what it takes and of what it gives; it gives what it takes where it works in place."""
+    """A kernel with the names of its arguments and of its results; a kernel that works in place returns some of its arguments."""
 
     kernel: str
     takes: tuple[str, ...]
@@ -31,21 +31,21 @@ class Call(NamedTuple):
     moves: tuple[str, ...] | None = None  # the tensors that must be read or written; None: all that it takes and gives
 
     def __call__(self, kernels: Any, values: Mapping[str, Any]) -> Values:
-        """Its results by name."""
+        """The kernel's results by name."""
         made = getattr(kernels, self.kernel)(*(values[name] for name in self.takes))
         if made is None:
             return {name: values[name] for name in self.gives}
         return dict(zip(self.gives, made if isinstance(made, tuple) else (made,), strict=True))
 
     def bytes(self, values: Mapping[str, Any]) -> int:
-        """What must be moved at the least, given its arguments and results: each of them once."""
+        """The least number of bytes to move: each argument and each result once."""
         names = self.takes + self.gives if self.moves is None else self.moves
         leaves = pytree.tree_leaves([values[name] for name in names])
         return sum(x.nbytes for x in leaves if isinstance(x, Tensor))
 
 
 class Case(NamedTuple):
-    """An op at a size: a call, and for one with a backward that call after it."""
+    """An op at a size: its forward call, followed by its backward call if it has one."""
 
     make: Callable[
         [Callable[..., Tensor]], Values
@@ -54,7 +54,7 @@ class Case(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Values:
-        """The same numbers on every device."""
+        """The arguments, with the same values on every device."""
         generator = torch.Generator().manual_seed(0)
         randn = lambda *shape, scale=1.0: (torch.randn(shape, generator=generator) * scale).to(dtype)
         return pytree.tree_map_only(Tensor, lambda x: x.to(device), self.make(randn))
@@ -68,6 +68,8 @@ class Case(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """The sizes of the tensors of every op."""
+
     rows: int  # B
     tokens: int  # T
     width: int  # D
@@ -87,7 +89,7 @@ SIZES = {
 
 
 def cases(sizes: Sizes) -> dict[str, Case]:
-    """Each op's at these sizes."""
+    """The case of each op at these sizes, by name."""
     B, T, D, H, G, K, F, V, S, new = sizes
     q, kv = (B, T, H, K), (B, T, G, K)
     starts = [0, T // 8, T // 2]  # of a packed row's documents
@@ -179,7 +181,7 @@ def _angles(T: int, K: int) -> Tensor:
 
 
 def _last(slots: int, new: int) -> Tensor:
-    """The positions of tokens that fill a cache up."""
+    """The positions of the last tokens of a cache."""
     return torch.arange(slots - new, slots)
 
 
@@ -187,7 +189,7 @@ MASKED = [5, 77]
 
 
 def _targets(N: int, V: int) -> Tensor:
-    """Ids that are not masked; every seventh row is not predicted."""
+    """Target ids that are not masked; every seventh is negative, so its row is not predicted."""
     target = torch.arange(N) * 37 % V
     target[torch.isin(target, torch.tensor(MASKED))] = V - 1
     target[::7] = -1
@@ -205,7 +207,7 @@ def _adamw(randn: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) ->
 
 
 class Expected(NamedTuple):
-    """A call's results in float64, how far eager PyTorch's are off, and those ones' shapes, dtypes and strides."""
+    """A call's results in float64; the error, shapes, dtypes and strides of eager PyTorch's results."""
 
     exact: Values
     eager: dict[str, float]
@@ -222,7 +224,7 @@ class Error(NamedTuple):
 
 
 def expected(case: Case, dtype: torch.dtype) -> list[Expected]:
-    """What each call must come to."""
+    """The expected results of each call."""
     double = pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs(dtype))
     of_calls = zip(case.run(reference, double), case.run(reference, case.inputs(dtype)), strict=True)
     return [
@@ -236,7 +238,7 @@ def expected(case: Case, dtype: torch.dtype) -> list[Expected]:
 
 
 def errors(results: Values, wanted: Expected) -> list[Error]:
-    """How far each output of a call is off. Raises ValueError where one is shaped, or lies in memory, otherwise than the reference's."""
+    """The error of each output of a call. Raises ValueError for one whose shape, dtype or strides are not the reference's."""
     found = []
     for name, x in results.items():
         outline = _outline(x)
@@ -256,7 +258,7 @@ def _outline(x: Any) -> list[str]:
 
 
 def _distance(x: Any, exact: Any) -> float:
-    """Of all leaves together; infinite where one is not a number."""
+    """The error over all leaves together; infinite where one is NaN."""
     pairs = [(a.detach().cpu().double(), b) for a, b in zip(*map(pytree.tree_leaves, (x, exact)), strict=True)]
     far, most = (max(t.abs().max().item() for t in some) for some in ([a - b for a, b in pairs], [b for _, b in pairs]))
     return far / most if math.isfinite(far) else math.inf

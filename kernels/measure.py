@@ -1,4 +1,4 @@
-"""How long calls of kernels take, what memory, and how far their results are off: what kernels.bench reports."""
+"""Time, memory and error of calls of kernels, which kernels.bench reports."""
 
 import math
 import os
@@ -18,6 +18,8 @@ SHORTEST = 5e-3  # seconds of a measurement: what is faster is called several ti
 
 
 class Peak(NamedTuple):
+    """The highest rates that a device reaches."""
+
     flops: float  # of products, a second
     bandwidth: float  # bytes read and written, a second
 
@@ -36,7 +38,7 @@ class Side(NamedTuple):
 
 
 def measured_peak(dtype: torch.dtype, device: torch.device) -> Peak:
-    """The best of some products of squares, in the layouts of a linear layer and of its weight's gradient, and of some copies."""
+    """The highest rates among products of square matrices, in the layouts of a linear layer and of its weight's gradient, and among copies."""
     side, length = (1024, 1 << 25) if device.type == "cpu" else (8192, 1 << 28)
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     source, target = (torch.ones(length, dtype=torch.float32, device=device) for _ in range(2))
@@ -46,7 +48,7 @@ def measured_peak(dtype: torch.dtype, device: torch.device) -> Peak:
 
 
 def seconds(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Of a call, in the mean over so many."""
+    """Seconds of a call: the mean over `calls` calls."""
     _wait(device)
     begin = time.perf_counter()
     for _ in range(calls):
@@ -61,7 +63,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch's allocator hands out at once in a call; libraries' own buffers do not count."""
+    """The most bytes that PyTorch's allocator holds at once during a call; buffers of other libraries are not counted."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         module.synchronize()
@@ -72,14 +74,17 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         return module.max_memory_allocated() - before
     with hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
+    assert record.profiler is not None, "the profiler has run"
+    assert record.profiler.kineto_results is not None, "the profiler has stopped"
     steps = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in steps), initial=0))
+    sizes = (event.nbytes() for event in steps)  # pyright: ignore[reportAttributeAccessIssue]  # torch's stub lacks it
+    return max(accumulate(sizes, initial=0))
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Without stderr: the profiler's library writes a line there whenever it starts and stops."""
+    """Within the block stderr is discarded: the profiler's library writes a line whenever it starts and stops."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
@@ -93,7 +98,7 @@ def hushed() -> Iterator[None]:
 def sides(
     case: Case, impls: Mapping[str, Any], dtype: torch.dtype, device: torch.device, say: Callable[[str], None]
 ) -> list[Side]:
-    """Every call, by every implementation that has it, run once at least, compared and measured in memory."""
+    """Every call by every implementation that has it, after one run that was compared with the reference and measured in memory."""
     wanted, inputs, found = expected(case, dtype), case.inputs(dtype, device), []
     for name, kernels in impls.items():
         if absent := [call.kernel for call in case.calls if not hasattr(kernels, call.kernel)]:
@@ -119,13 +124,13 @@ def sides(
                 values = {**values, **made}
             del made
             calls = math.ceil(SHORTEST / seconds(run, device))
-            worst = [max(getattr(one, kind) for one in off[i]) for kind in ("found", "eager")]
-            found.append(Side(name, call, run, calls, *worst, peak_memory(run, device), moved))
+            error, eager = (max(getattr(one, kind) for one in off[i]) for kind in ("found", "eager"))
+            found.append(Side(name, call, run, calls, error, eager, peak_memory(run, device), moved))
     return sorted(found, key=lambda side: case.calls.index(side.call))
 
 
 def in_turn(some: Sequence[Side], device: torch.device, repeat: int) -> list[list[float]]:
-    """Seconds of each in `repeat` rounds; who comes first changes from round to round."""
+    """Seconds of each call in each of `repeat` rounds; the order changes from round to round."""
     times: list[list[float]] = [[] for _ in some]
     for turn in range(repeat):
         for k in range(len(some)):

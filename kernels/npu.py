@@ -1,6 +1,6 @@
-"""What an NPU runs op by op where no fused op of torch_npu does the whole: our Triton kernels, if triton-ascend is installed.
+"""Ops that no single op of torch_npu covers, run eagerly on an NPU: our Triton kernels, if triton-ascend is installed.
 
-Without it, and for what they do not take, kernels.ascend's compositions run; these are also what a graph is made of.
+Without it, and for arguments that a kernel does not take, the compositions of kernels.ascend run; exported graphs use those too.
 """
 
 import math
@@ -22,7 +22,7 @@ TILE = 64 * 128  # heads by their channels that lie in a core's unified buffer a
 
 @cache
 def triton_ascend() -> bool:
-    """Whether the triton that is installed is Ascend's: upstream's has no compiler for an NPU. Neither is imported."""
+    """Whether the installed triton is Ascend's (upstream's has no compiler for an NPU), found without importing it."""
     found = find_spec("triton")
     folders = found.submodule_search_locations if found else None
     return any((Path(folder) / "backends" / "ascend").is_dir() for folder in folders or ())
@@ -34,7 +34,7 @@ def _kernels(name: str, there: bool) -> ModuleType:
 
 
 def _ours(name: str, fits: bool) -> ModuleType:
-    """Our module of that name, imported when it is first needed: triton is slow to load, and no CPU has it."""
+    """Our module of that name, imported at first use, since triton is slow to load and absent on a CPU; else kernels.ascend."""
     return _kernels(name, fits and triton_ascend())
 
 
@@ -43,17 +43,20 @@ def _qk_norm_rotary(x: Tensor) -> ModuleType:
 
 
 def _tile(x: Tensor) -> int:
-    """Numbers of a token as the kernel holds them: sides of a tile are powers of two."""
+    """How many numbers the kernel's tile of a token has; the sides of a tile are powers of two."""
     return math.prod(1 << (n - 1).bit_length() for n in x.shape[2:])
 
 
 def qk_norm_rotary_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels.reference.qk_norm_rotary_fwd, by our Triton kernel where it takes x, else by kernels.ascend."""
     return _qk_norm_rotary(x).qk_norm_rotary_fwd(x, *rest)
 
 
 def qk_norm_rotary_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels.reference.qk_norm_rotary_bwd, by our Triton kernel where it takes x, else by kernels.ascend."""
     return _qk_norm_rotary(x).qk_norm_rotary_bwd(dy, x, *rest)
 
 
 def linear_cross_entropy_pass(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kernels.reference.linear_cross_entropy_pass, by our Triton kernel where it takes x, else by kernels.ascend."""
     return _ours("kernels.triton_vocabulary_loss", x.dtype in DTYPES).linear_cross_entropy_pass(x, *rest)

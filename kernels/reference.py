@@ -20,13 +20,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rms_norm_fwd(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [.. D] / rms(x) * gain, and 1 / rms [.. 1] for the backward; the mean square in float32. gain may be any that broadcasts."""
+    """x [.. D] / rms(x) * gain, and 1 / rms [.. 1] for the backward; the mean square in float32. gain may have any shape that broadcasts."""
     y = wide(x)
     rstd = torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
     return gain * (y * rstd).to(x.dtype), rstd
 
 
 def rms_norm_bwd(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and gain."""
     normed, scaled = wide(x) * rstd, wide(dy) * wide(gain)
     dx = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     dgain = (wide(dy) * wide(normed.to(x.dtype))).sum_to_size(gain.shape)
@@ -34,19 +35,19 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Ten
 
 
 def add_rms_norm_fwd(x: Tensor, residual: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + residual, its rms_norm, and that one's 1 / rms."""
+    """x + residual, its rms_norm, and 1 / rms of the sum."""
     total = x + residual
     return (total, *rms_norm_fwd(total, gain, eps))
 
 
 def add_rms_norm_bwd(dtotal: Tensor, dy: Tensor, total: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x, which is that of the residual too, and of the gain."""
+    """The gradient of x, which is also the gradient of the residual, and the gradient of gain."""
     d, dgain = rms_norm_bwd(dy, total, gain, rstd)
     return dtotal + d, dgain
 
 
 def rotate(x: Tensor, angles: Tensor, sign: int = 1) -> Tensor:
-    """x [B T H K] with channel j turned against channel j + K/2 (the Hugging Face pairing) by angles, or by -angles.
+    """x [B T H K] with channels j and j + K/2 rotated as a pair (Hugging Face's pairing) by angles, or by -angles.
 
     angles holds cosines and sines, [T 2 K/2] or one set for each row [B T 2 K/2].
     """
@@ -66,6 +67,7 @@ def qk_norm_rotary_fwd(
 def qk_norm_rotary_bwd(
     dy: Tensor, x: Tensor, gain: Tensor, angles: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, gain and bias."""
     d, normed = wide(rotate(dy, angles, -1)), (wide(x) - mean) * rstd
     scaled = d * wide(gain)
     centred = scaled - scaled.mean(-1, keepdim=True)
@@ -75,11 +77,12 @@ def qk_norm_rotary_bwd(
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, alike in shape."""
+    """silu(gate) * up; both have one shape."""
     return F.silu(gate) * up
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
     g, d = wide(gate), wide(dy)
     s = torch.sigmoid(g)
     return (d * wide(up) * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
@@ -97,18 +100,19 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
     if q.device.type not in CPU_KERNELS:
         return written_out_attention_bwd(dout, q, k, v, out, lse)
     wide_k, wide_v = _repeat(q, k, v)
     heads_first = [_heads_first(t) for t in (dout, q, wide_k, wide_v, out, lse)]
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, True)
-    # A key head's gradient is the sum over the query heads it serves.
+    # The gradient of a key head is the sum over the query heads that read it.
     dk, dv = (d.transpose(1, 2).unflatten(2, (k.shape[2], -1)).sum(3) for d in (dk, dv))
     return dq.transpose(1, 2).contiguous(), dk.contiguous(), dv.contiguous()
 
 
-# Without the CPU's fused kernel, for devices that have none of that name: [B H T T] is held, in float32.
 def written_out_attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """attention_fwd for devices that lack the CPU's fused kernel; it holds [B H T T] in float32."""
     scores = _causal_scores(q, k)
     lse = scores.logsumexp(-1)
     out = torch.einsum("bhts,bshk->bthk", (scores - lse[..., None]).exp(), wide(_repeat(q, k, v)[1]))
@@ -118,28 +122,28 @@ def written_out_attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
 def written_out_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """attention_bwd for devices that lack the CPU's fused kernel; it holds [B H T T] in float32."""
     wide_k, wide_v = map(wide, _repeat(q, k, v))
     p, d = (_causal_scores(q, k) - lse.transpose(1, 2)[..., None]).exp(), wide(dout)
-    # What a row's softmax takes off each of its gradients.
-    level = (d * wide(out)).sum(-1).transpose(1, 2)[..., None]
+    level = (d * wide(out)).sum(-1).transpose(1, 2)[..., None]  # the softmax's backward subtracts it
     dscores = p * (torch.einsum("bthk,bshk->bhts", d, wide_v) - level) * q.shape[-1] ** -0.5
     dk, dv = (
         torch.einsum("bhts,bthk->bshk", x, y).unflatten(2, (k.shape[2], -1)).sum(3)
         for x, y in ((dscores, wide(q)), (p, d))
     )
-    grads = (torch.einsum("bhts,bshk->bthk", dscores, wide_k), q), (dk, k), (dv, v)
-    return tuple(grad.to(x.dtype).contiguous() for grad, x in grads)
+    dq = torch.einsum("bhts,bshk->bthk", dscores, wide_k)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 def _causal_scores(q: Tensor, k: Tensor) -> Tensor:
-    """[B H T T] in float32, of each query head; later keys are hidden."""
+    """Scores [B H T T] in float32, -inf where the key is later than the query."""
     at = torch.arange(q.shape[1], device=q.device)
     scores = torch.einsum("bthk,bshk->bhts", wide(q), wide(_repeat(q, k, k)[0])) * q.shape[-1] ** -0.5
     return scores.masked_fill(at > at[:, None], -torch.inf)
 
 
 def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """attention_fwd where a query sees no key before first [B T], the position at which its document starts."""
+    """attention_fwd in which no query sees a key before first [B T], the position where its document starts."""
     out, lse = q.new_empty(q.shape), wide(q.new_empty(q.shape[:3]))
     for part in documents(first):
         out[part], lse[part] = attention_fwd(q[part], k[part], v[part])
@@ -149,15 +153,16 @@ def packed_attention_fwd(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tupl
 def packed_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [t.new_empty(t.shape) for t in (q, k, v)]
+    """The gradients of q, k and v."""
+    dq, dk, dv = grads = [t.new_empty(t.shape) for t in (q, k, v)]
     for part in documents(first):
         for whole, of_part in zip(grads, attention_bwd(*(t[part] for t in (dout, q, k, v, out, lse))), strict=True):
             whole[part] = of_part
-    return tuple(grads)
+    return dq, dk, dv
 
 
 def documents(first: Tensor) -> list[tuple[slice, slice]]:
-    """Where each document lies in a batch. One causal call for each is 0.4 to 0.6 of the time of one masked call over all."""
+    """The row and the positions of each document. A causal call for each takes 0.4 to 0.6 of the time of one masked call."""
     length = first.shape[1]
     found = []
     for row, starts in enumerate(first.tolist()):
@@ -168,11 +173,10 @@ def documents(first: Tensor) -> list[tuple[slice, slice]]:
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     """Attention of q [B T H K] over the slots of a cache [B S G K] that seen [B T S] allows each query."""
-    if q.device.type == "cpu":  # where asking costs little: slots after the last one that anybody sees are not read
+    if q.device.type == "cpu":  # reading a value back is cheap here: skip the slots that no query sees
         used = int(seen.flatten(0, 1).any(0).nonzero()[-1]) + 1
         keys, values, seen = keys[:, :used], values[:, :used], seen[..., :used]
-    # The query heads that share a key head become more queries of it, so that keys are never repeated. In torch's own words:
-    # einops takes 20 us for each of its own, which one token feels.
+    # Query heads that share a key head become more queries of it: keys are never repeated. No einops: it takes 20 us a call.
     (T, H), G = q.shape[1:3], keys.shape[2]
     q = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     seen = seen[:, None, None].expand(-1, -1, H // G, -1, -1).flatten(2, 3)
@@ -187,7 +191,7 @@ def write_cache_(cache: Tensor, positions: Tensor, new: Tensor) -> None:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[B H T ..], as the CPU's flash attention takes it. Where a row's numbers do not touch it would read others, and say nothing."""
+    """[B H T ..] for the CPU's flash attention, which reads wrong numbers, without an error, unless the last axis is contiguous."""
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
@@ -197,7 +201,7 @@ def _repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def among(ids: Sequence[int], size: int, device: torch.device) -> Tensor:
-    """Which of 0 .. size - 1 are in the ascending ids, made of their runs: a traced graph has no constant on a device to carry."""
+    """A mask [size] of the ascending ids, computed from their runs: a traced graph cannot carry a constant on a device."""
     at, found = torch.arange(size, device=device), torch.zeros(size, dtype=torch.bool, device=device)
     starts = [i for i, n in enumerate(ids) if i == 0 or n != ids[i - 1] + 1]
     for start, end in pairwise([*starts, len(ids)]):
@@ -205,7 +209,7 @@ def among(ids: Sequence[int], size: int, device: torch.device) -> Tensor:
     return found
 
 
-PART = 512  # rows of the unembedding that a chunk meets at once on a CPU: 186 of 190 GFLOP/s, all of them 127
+PART = 512  # rows of the unembedding in one product on a CPU: 186 of 190 GFLOP/s; all rows at once reach 127
 CHUNK = 512  # rows of logits held at once: 0.88 of the sgemm ceiling at V = 171385 and 351 MB
 
 
@@ -215,13 +219,12 @@ def linear_cross_entropy_pass(
     """ce, z, dx [N D] and dweight [V D] of rows x [N D] against target [N] under weight [V D], over chunks of rows.
 
     ce and z are sums over rows with a target >= 0, divided by count; the gradients are those of ce + z_weight * z.
-    With p = softmax(l) and r = 1 + 2 z_weight lse the gradient of a row's logits is r p - onehot = r (p - onehot / r),
-    so r and 1 / count are folded into rows of dx and x, never into [chunk, V]. x, target and count may share leading
-    axes, weight may have them too: as many results.
+    With p = softmax(l) and r = 1 + 2 z_weight lse the gradient of a row's logits is r p - onehot = r (p - onehot / r), so r and 1 / count
+    scale rows of dx and x, never [chunk, V]. x, target and count may share leading axes, weight too; the results then have them.
     """
     *lead, N, _ = x.shape
-    V, sums = weight.shape[-2], wide(x.new_zeros(lead))
-    ce, z = sums, sums
+    V = weight.shape[-2]
+    ce = z = sums = wide(x.new_zeros(lead))
     dx, dweight = torch.empty_like(x), torch.zeros(*lead, *weight.shape[-2:], dtype=sums.dtype, device=x.device)
     buffer = x.new_empty(*lead, min(CHUNK, N), V)
     hidden = among(masked, V, x.device)
@@ -250,7 +253,7 @@ def linear_cross_entropy_pass(
 
 
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """x @ weight.T, in out. A CPU is given the vocabulary in parts: over all of it at once its product reaches two thirds of its peak."""
+    """x @ weight.T, in out. On a CPU in parts of the vocabulary: one product over all of it reaches two thirds of the peak."""
     if x.device.type != "cpu" or x.ndim > 2:
         return torch.matmul(x, weight.mT, out=out)
     for rows, columns in zip(weight.split(PART), out.split(PART, 1), strict=True):
@@ -262,12 +265,12 @@ def adamw_of_leaf(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
     b1: float, b2: float, eps: float, decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """AdamW's `count`-th update of one leaf in elementwise terms: what adamw_ does in one call. Scalars broadcast."""
+    """AdamW's `count`-th update of one leaf by elementwise ops: new p, m and v. Scalars broadcast."""
     n, g = count.to(wide(p[:0]).dtype), g * scale
     m_, v_ = m * b1 + g * (1 - b1), v * b2 + g * g * (1 - b2)
     step = lr / (1 - torch.pow(b1, n))
     p_ = p * (1 - lr * decay) - step * m_ / ((v_ / (1 - torch.pow(b2, n))).sqrt() + eps)
-    return tuple(torch.where(skip.bool(), old, new) for old, new in ((p, p_), (m, m_), (v, v_)))
+    return torch.where(skip.bool(), p, p_), torch.where(skip.bool(), m, m_), torch.where(skip.bool(), v, v_)
 
 
 def adamw_(
@@ -275,21 +278,20 @@ def adamw_(
     skip: Tensor, b1: float, b2: float, eps: float, decay: float,
 ) -> None:  # fmt: skip
     """AdamW's `count`-th update in place, with gradients scale * grads (in place too), unless skip is 1.0."""
-    torch._foreach_mul_(grads, scale)
-    # The fused kernel takes the n-th numbers in memory of a leaf's four tensors for one another's, whatever their strides say.
-    p, g, m, v = dense = [[x.contiguous() for x in leaves] for leaves in (params, grads, mu, nu)]
-    torch._fused_adamw_(
+    torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name for it
+    # The fused kernel ignores strides: it pairs the n-th numbers in memory of a leaf's four tensors.
+    p, g, m, v = ([x.contiguous() for x in leaves] for leaves in (params, grads, mu, nu))
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name for it
         p, g, m, v, [], [count.float() for _ in p],
         lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip.float(),
     )  # fmt: skip
-    for olds, news in zip((params, mu, nu), (dense[0], *dense[2:]), strict=True):
-        for old, new in zip(olds, news, strict=True):
-            if old is not new:
-                old.copy_(new)
+    for old, new in zip((*params, *mu, *nu), (*p, *m, *v), strict=True):
+        if old is not new:
+            old.copy_(new)
 
 
 def join(leaves: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
-    """The leaves end to end in one vector, zeros behind them. torch.cat, a cast and a pad would each hold it once more."""
+    """The leaves end to end in one vector, padded with zeros. torch.cat, a cast and a pad would each hold another copy."""
     flat = leaves[0].new_empty(size, dtype=dtype)
     *places, rest = flat.split([*(n := [leaf.numel() for leaf in leaves]), size - sum(n)])
     for place, leaf in zip(places, leaves, strict=True):

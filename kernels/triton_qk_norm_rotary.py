@@ -4,6 +4,9 @@ kernels/reference.py is the specification. A program walks over tokens and holds
 next to each other in memory, as two tiles: channel j, in `a`, is turned against channel j + K/2, in `b`.
 """
 
+# pyright: reportIndexIssue=false
+# A function under triton.jit is indexed by its grid; where triton is not installed the type checker cannot know that.
+
 import torch
 import triton
 import triton.language as tl
@@ -114,7 +117,7 @@ def qk_norm_rotary_bwd(
     dgain, dbias = x.new_empty((2, programs, x.shape[-1]), dtype=torch.float32)
     args = dy.contiguous(), x, gain.contiguous(), angles, mean.contiguous(), rstd.contiguous(), dx, dgain, dbias
     _bwd[(programs,)](*args, tokens, period, **sizes)
-    return dx, *(d.sum(0, keepdim=True).to(gain.dtype) for d in (dgain, dbias))
+    return dx, dgain.sum(0, keepdim=True).to(gain.dtype), dbias.sum(0, keepdim=True).to(gain.dtype)
 
 
 def _sizes(x: Tensor, angles: Tensor) -> tuple[int, int, int, dict[str, int]]:

@@ -3,6 +3,9 @@
 A program walks over rows and holds one whole row at a time, so the row's mean square and its use cost one read of memory.
 """
 
+# pyright: reportIndexIssue=false
+# A function under triton.jit is indexed by its grid; where triton is not installed the type checker cannot know that.
+
 import torch
 import triton
 import triton.language as tl
@@ -78,7 +81,7 @@ def _forward(x: Tensor, residual: Tensor | None, gain: Tensor, eps: float) -> tu
     rows = x.numel() // D
     y, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     # Without a residual the total is x itself, and the kernel reads and writes neither.
-    residual, total = (residual.contiguous(), torch.empty_like(x)) if add else (x, x)
+    residual, total = (x, x) if residual is None else (residual.contiguous(), torch.empty_like(x))
     args = x, residual, gain.contiguous(), total, y, rstd, rows, eps
     _fwd[(min(rows, PROGRAMS),)](*args, D=D, BLOCK=triton.next_power_of_2(D), ADD=add)
     return total, y, rstd
@@ -89,6 +92,6 @@ def _backward(dtotal: Tensor | None, dy: Tensor, x: Tensor, gain: Tensor, rstd: 
     rows = x.numel() // D
     programs = min(rows, PROGRAMS)
     dx, dgain = torch.empty_like(x), x.new_empty((programs, D), dtype=torch.float32)
-    args = dtotal.contiguous() if add else dy, dy, x, gain.contiguous(), rstd.contiguous(), dx, dgain, rows
+    args = dy if dtotal is None else dtotal.contiguous(), dy, x, gain.contiguous(), rstd.contiguous(), dx, dgain, rows
     _bwd[(programs,)](*args, D=D, BLOCK=triton.next_power_of_2(D), ADD=add)
     return dx, dgain.sum(0).to(gain.dtype)

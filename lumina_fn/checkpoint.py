@@ -1,4 +1,4 @@
-"""Load a model as a tree, from whatever folder somebody has; save one as a native folder.
+"""Load a model as a tree from a folder of any known format; save a model as a native folder.
 
 A native folder is config.json (`format`, `kind`, `model`: sizes, `ids`, `source_config`), safetensors files whose keys are tree
 paths, their index, and the tokenizer's files.
@@ -30,7 +30,7 @@ __all__ = [
     "stored_dtype", "verify",
 ]  # fmt: skip
 
-KIND = "model"  # in the mark of a model's folder, of whatever format
+KIND = "model"  # in the mark of a model's folder, whatever its format
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +40,24 @@ Shapes = dict[str, tuple[int, ...]]  # by tree path
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[model.Params, ModelConfig]:
-    """The transformer of a native, Hugging Face or MindSpeed release folder; InputError for anything else or damaged."""
-    source = _transformer(path)
-    return _load(source, model.init(source.cfg, device="meta"), device, dtype), source.cfg
+    """The parameters and sizes of the transformer in a native, Hugging Face or MindSpeed release folder. Raises InputError for any other or a damaged one."""
+    source, cfg = _transformer(path)
+    return _load(source, model.init(cfg, device="meta"), device, dtype), cfg
 
 
-def _transformer(path: str | Path) -> sources.Source:
+def _transformer(path: str | Path) -> tuple[sources.Source, ModelConfig]:
     source = sources.open_source(path)
     if not isinstance(source.cfg, ModelConfig):
         raise InputError(f"{path} is {source.what}, expected the transformer: give the language model's folder")
-    return source
+    return source, source.cfg
 
 
 def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32) -> tuple[model.Params, ModelConfig]:
-    """This rank's part of each unit of a transformer: `load_model` and `shard` without ever holding a whole unit."""
-    source = _transformer(path)
+    """This rank's part of each unit of a transformer, and its sizes: `load_model` and `shard` without holding a whole unit."""
+    source, cfg = _transformer(path)
     if mesh.rank == 0:
         _say_remarks(source)
-    like = model.init(source.cfg, device="meta")
+    like = model.init(cfg, device="meta")
     stored = iter([(path, source.tensors[path]) for path in names.flatten(like)])
 
     def part(unit) -> Sharded:
@@ -73,23 +73,23 @@ def load_parts(path: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32)
             first -= count
         return Sharded(out, layout)
 
-    return model.over_units(part, like), source.cfg
+    return model.over_units(part, like), cfg
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The sizes of a transformer in a native, Hugging Face or MindSpeed release folder."""
-    return _transformer(path).cfg
+    return _transformer(path)[1]
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The dtype that a model's folder stores its first tensor in."""
+    """The dtype of the first tensor in a model's folder."""
     return next(iter(sources.open_source(path).tensors.values())).dtype
 
 
 def load_vq(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[vq.Params, VQConfig]:
-    """The MoVQGAN of a native folder, or of a .ckpt (or a folder with one), which is read without running it."""
+    """The parameters and sizes of the MoVQGAN in a native folder, or in a .ckpt (or a folder with one), whose pickle is not executed."""
     source = sources.open_source(path)
     if not isinstance(source.cfg, VQConfig):
         raise InputError(f"{path} is {source.what}, expected a MoVQGAN: give its native folder or its .ckpt")
@@ -118,7 +118,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     mesh: Mesh | None = None,
 ) -> None:
-    """A native folder, written atomically; the tokenizer's files and the Hugging Face config come from the folder `source`.
+    """Write a native folder, atomically; the tokenizer's files and the Hugging Face config are copied from the folder `source`.
 
     Tensors are stored as `dtype` (None: as they are). With a mesh every rank calls this with its parts, and rank 0 writes:
     units are gathered one at a time, and a whole model is never held.
@@ -135,14 +135,14 @@ def renew_model(
     dtype: torch.dtype | None = None,
     mesh: Mesh | None = None,
 ) -> None:
-    """`save_model` in a run's folder: the model of an earlier part of the run is replaced, and what others put beside it stays."""
+    """`save_model` in a run's folder: replaces the model that an earlier part of the run wrote, and keeps other files in that folder."""
     _write_model(lambda: files.renewed_folder(path, KIND), params, cfg, source, dtype, mesh)
 
 
 def renew_from_checkpoint(
     path: str | Path, checkpoints: Path, step: int, cfg: ModelConfig, *, source: str | Path, dtype: torch.dtype
 ) -> None:
-    """`renew_model` with the parameters of a step that a run saved."""
+    """`renew_model` with the parameters of a saved step of a run."""
     config, companions = sources.heritage(source)
     tensors = Stored(checkpoints, step).parameters(dtype)
     with files.renewed_folder(path, KIND) as folder:
@@ -160,33 +160,31 @@ def _write_model(
     like = names.flatten(model.init(cfg, device="meta"))
     _check_shapes(_shapes(names.flatten(params)) if mesh is None else _whole_shapes(params, like), like)
     leaves = pytree.tree_leaves(params)
-    if dtype is None:
-        dtype = leaves[0].dtype
+    stored: torch.dtype = leaves[0].dtype if dtype is None else dtype
     whole = iter(leaves) if mesh is None else _gathered(params, mesh)
     if mesh is not None and mesh.rank != 0:
-        for _ in whole:  # rank 0 cannot gather alone
+        for _ in whole:  # a gather needs every rank
             pass
         return
     config, companions = (None, {}) if source is None else sources.heritage(source)
     config = sources.unmasked(config, cfg)
-    tensors = {path: Later(tuple(t.shape), dtype, lambda: next(whole).to(dtype)) for path, t in like.items()}
+    tensors = {path: Later(tuple(t.shape), stored, lambda: next(whole).to(stored)) for path, t in like.items()}
     with opened() as folder:
         write_native(folder, cfg, tensors, config, companions)
 
 
 def _gathered(params: model.Params, mesh: Mesh) -> Iterator[Tensor]:
-    """Every leaf of every unit, in order; at most one whole unit is held."""
-    for unit in (params.embed, *params.blocks, params.head):
+    """Every leaf of every unit, in order; at most one whole unit is in memory."""
+    for unit in model.units(params):
         yield from pytree.tree_leaves(sharding.unshard(unit, mesh))
 
 
 def _whole_shapes(params: model.Params, like: Iterable[str]) -> Shapes:
-    shapes = [shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes]
-    return dict(zip(like, shapes, strict=True))
+    return dict(zip(like, sharding.whole_shapes(model.units(params)), strict=True))
 
 
 def save_heritage(path: str | Path, source: str | Path) -> None:
-    """A folder with what a model made from `source` takes over from it beside weights; one that is there is replaced."""
+    """Write, or replace, a folder with the config and the tokenizer's files of the model `source`, which models trained from it need."""
     config, companions = sources.heritage(source)
     with files.renewed_folder(path, "origin") as folder:
         copy_companions(folder, companions)
@@ -195,7 +193,7 @@ def save_heritage(path: str | Path, source: str | Path) -> None:
 
 
 def save_vq(path: str | Path, params: vq.Params, cfg: VQConfig, *, overwrite: bool = False) -> None:
-    """A native folder, written atomically."""
+    """Write a native folder, atomically."""
     tensors = names.flatten(params)
     _check_shapes(_shapes(tensors), names.flatten(vq.init(cfg, device="meta")))
     with files.new_folder(path, KIND, overwrite) as folder:
@@ -207,7 +205,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def _check_shapes(shapes: Shapes, like: Mapping[str, Tensor]) -> None:
-    """ValueError unless the shapes are those that the sizes call for."""
+    """Raise ValueError unless the shapes are those of the model's sizes."""
     expected = _shapes(like)
     if wrong := sorted(path for path in shapes.keys() | expected.keys() if shapes.get(path) != expected.get(path)):
         raise ValueError(f"these parameters do not fit the sizes of cfg: {', '.join(wrong)}")
@@ -232,9 +230,11 @@ def write_native(
 
 
 def copy_companions(folder: Path, companions: Mapping[str, Path]) -> None:
+    """Copy the files that travel with a model, given by name, into a folder. Raises InputError for one that cannot be read."""
     for name, path in companions.items():
         (folder / name).write_bytes(reading.contents(path, reading.MAX_TEXT, "a file that travels with a model"))
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON in UTF-8, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

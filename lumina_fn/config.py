@@ -1,4 +1,4 @@
-"""Sizes, and nothing else: frozen, hashable, safe to close over in a traced step."""
+"""The sizes of the models as frozen dataclasses: hashable, and safe to close over in a traced step."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ from lumina_fn.vocab import Ids
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Sizes and constants of the transformer; the defaults are those of the released 7.88B model."""
+
     vocab: int = 171_385  # V
     width: int = 4096  # D
     layers: int = 32
@@ -18,16 +20,17 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     swin_norm: bool = False  # x + norm(f(x)) instead of x + f(norm(x))
     masked_ids: tuple[int, ...] = ()  # ids whose logits are set to the least float32 (`mask_image_logits`)
-    ids: Ids | None = None  # read from the model's folder; without them it runs but cannot be sampled
+    ids: Ids | None = None  # read from the model's folder; a model without them runs but cannot be sampled
 
     @property
-    def head_width(self) -> int:  # K
+    def head_width(self) -> int:
+        """K, the width of an attention head."""
         return self.width // self.heads
 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """MoVQGAN. Level i works at 1 / 2^i of the picture's side."""
+    """Sizes of the MoVQGAN; the feature maps of level i have 1 / 2^i of the picture's side."""
 
     channels: int = 256
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
@@ -40,6 +43,7 @@ class VQConfig:
 
     @property
     def downsampling(self) -> int:
+        """Pixels per latent cell, along a side."""
         return 2 ** (len(self.multipliers) - 1)
 
 

@@ -19,6 +19,8 @@ from lumina_fn.process.flags import POSITIONAL
 
 @dataclass(frozen=True)
 class Settings:
+    """The arguments of `lumina convert`."""
+
     src: Annotated[
         Path,
         "a native, Hugging Face or MindSpeed folder (release, or the newest iteration), a run's folder (its newest checkpoint), "
@@ -35,6 +37,7 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None: those of sys.argv); the exit code. Raises InputError."""
     run = flags.parse(Settings, __doc__, argv)
     with startup.importing():
         from lumina_fn import conversion

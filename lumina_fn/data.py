@@ -1,4 +1,4 @@
-"""Captions and codes to training items, items to batches, and the set of features that keeps the items in between."""
+"""Captions and codes become training items, items become batches; `FeatureSet` reads stored items."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import IGNORE, PAD, PIXELS_PER_CODE, Ids, image_length, image_tokens
 
 _PARTS = ("text", "codes")
-_ORDER, _DROP = 1, 2  # what a generator is for; its key starts with it
+_ORDER, _DROP = 1, 2  # purposes of a random generator, the first part of its key
 
 Item = tuple[list[int], list[int]]  # ids and labels, equally long
 
@@ -62,7 +62,7 @@ def drop_caption(ids: Sequence[int], labels: Sequence[int], end_id: int) -> Item
 
 
 def order(n: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    """The order in which an epoch visits n items: a function of (seed, epoch)."""
+    """The order in which an epoch visits n items, a function of (seed, epoch)."""
     keys = np.random.default_rng((_ORDER, seed, epoch)).random(
         n
     )  # unlike `permutation`, promised to stay the same stream
@@ -70,12 +70,12 @@ def order(n: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
 
 
 def drops_caption(probability: float, seed: int, epoch: int, index: int) -> bool:
-    """Whether item `index` loses its caption in this epoch, whatever the batch or process it is met in."""
+    """Whether item `index` loses its caption in this epoch; the same in every batch and process."""
     return np.random.default_rng((_DROP, seed, epoch, index)).random() < probability
 
 
 def batch(items: Sequence[Item], *, max_positions: int, multiple: int = 64) -> Batch:
-    """Items cut to max_positions and padded on the right, to a multiple so that few shapes occur."""
+    """Items cut to max_positions and padded on the right to a multiple, so that few shapes occur."""
     length = max(len(ids) for ids, _ in items)
     length = min(math.ceil(length / multiple) * multiple, max_positions)
     tokens = torch.full((len(items), length), PAD)
@@ -97,9 +97,9 @@ def fingerprint(tree: Any) -> str:
 
 
 class FeatureSet(Sequence[Item]):
-    """The items of a folder that `experiments.pretokenize` wrote, before caption drop, in input order; their lengths alone are held in memory.
+    """The items of a folder that `experiments.pretokenize` wrote, before caption drop, in input order; only their lengths are in memory.
 
-    Raises InputError for a folder that is no feature set or not whole.
+    Raises InputError for a folder that is no feature set, or an incomplete one.
     """
 
     def __init__(self, folder: str | Path):
@@ -122,7 +122,7 @@ class FeatureSet(Sequence[Item]):
         return _item(text.tolist(), codes, self.origin.ids)
 
     def feature(self, i: int) -> Feature:
-        """What is stored of item i."""
+        """Item i as its shard stores it."""
         text, codes = self.text_and_codes(i)
         return Feature(int(self._rows[i]), text.tolist(), codes)
 
@@ -143,7 +143,7 @@ class FeatureSet(Sequence[Item]):
         return text, codes.reshape(self._lengths[i, 1:])
 
     def where(self, limit: int) -> str:
-        """The shard and the row of the first item with an id that is `limit` or larger."""
+        """The shard and the row of the first item with an id of `limit` or larger."""
         for entry, first in zip(self._entries, self._starts, strict=False):
             for i in range(first, first + entry.count):
                 if shards.largest_id(self.feature(i), self.origin.ids) >= limit:
@@ -151,7 +151,7 @@ class FeatureSet(Sequence[Item]):
         return "none of its rows"
 
     def damaged(self) -> Iterator[str]:
-        """What is wrong with each shard that is not as it was written; every file is read."""
+        """For each damaged shard, what is wrong with it. Reads every file."""
         for s in range(len(self._entries)):
             try:
                 self._shard(s)
@@ -159,7 +159,7 @@ class FeatureSet(Sequence[Item]):
                 yield str(error)
 
     def unchecked(self) -> int:
-        """Shards without a checksum: those of a set that an earlier version wrote."""
+        """Shards without a checksum, written by an earlier version."""
         return sum(entry.sha256 is None for entry in self._entries)
 
     def _shard(self, s: int) -> Parts:

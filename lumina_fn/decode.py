@@ -1,8 +1,8 @@
 """Cached decoding: the trunk of model.py under a different `attend`, one row per sequence, sequences of different lengths.
 
 Slot p of a row's cache holds the keys and values of that row's position p, so no row is padded. Tokens of all rows go through the
-blocks as one long row; only `attend` knows which belongs to whom. Caches are written in place: copying one per token would
-cost more than the attention that reads it.
+blocks as one long row; only `attend` knows which token belongs to which row. Caches are written in place: copying one for each
+token would cost more than the attention that reads it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ import ops
 from lumina_fn.config import ModelConfig
 from lumina_fn.model import KV, Attend, Block, Params, block, rope, unembed
 
-Cache = tuple[KV, ...]  # one per layer; keys and values, each [B S G K]
+Cache = tuple[KV, ...]  # for each layer keys and values, each [B S G K]
 Layer = Callable[[Block, Tensor, Tensor, KV], tuple[Tensor, KV]]  # a block over a row of tokens x with their angles
 
 
 def empty_cache(params: Params, cfg: ModelConfig, rows: int, slots: int) -> Cache:
     """Room for `rows` sequences of at most `slots` tokens, in the parameters' dtype and on their device."""
-    # Heads first in memory: one query per row then reads its keys in a line, 1.7x faster at 400 short rows or 2 long ones.
+    # Heads first in memory: a query then reads contiguous keys, 1.7x faster at 400 short rows or 2 long ones.
     new = lambda: params.embed.new_zeros(rows, cfg.kv_heads, slots, cfg.head_width).transpose(1, 2)
     return tuple((new(), new()) for _ in range(cfg.layers))
 
@@ -32,7 +32,7 @@ def empty_cache(params: Params, cfg: ModelConfig, rows: int, slots: int) -> Cach
 def prefill(
     params: Params, prompts: Sequence[Int[Tensor, " _"]], cache: Cache, cfg: ModelConfig
 ) -> Float[Tensor, "B 1 D"]:
-    """Fill an empty cache with one prompt per row; the residual stream at each prompt's last token, before the final norm."""
+    """Fill an empty cache with one prompt per row, in place; the residual stream at each prompt's last token, before the final norm."""
     lengths = [len(prompt) for prompt in prompts]
     ends = list(accumulate(lengths))
     positions = torch.cat([torch.arange(n, device=params.embed.device) for n in lengths])
@@ -43,9 +43,9 @@ def prefill(
 def extend(
     params: Params, tokens: Int[Tensor, "B T"], lengths: Sequence[int], cache: Cache, cfg: ModelConfig, *, compile: bool = False
 ) -> Float[Tensor, "B 1 D"]:  # fmt: skip
-    """Append T tokens to each row, which holds lengths[b] already; the residual stream at the last of them.
+    """Append T tokens to each row, which already holds lengths[b], in place; the residual stream at the last token.
 
-    compile: tokens go one after another through a compiled block, the same for all layers and lengths.
+    compile: tokens pass one by one through a compiled block, which serves all layers and lengths.
     """
     B, T = tokens.shape
     if compile and T > 1:
@@ -65,9 +65,9 @@ def extend(
 def step(
     params: Params, tokens: Int[Tensor, " B"], lengths: Int[Tensor, " B"], cache: Cache, cfg: ModelConfig
 ) -> tuple[Float[Tensor, "B V"], Cache]:
-    """Logits after one more token in each row, which holds `lengths` already, and the new cache: a function of tensors, to export.
+    """Logits after one more token in each row, which already holds `lengths`, and the new cache: a function of tensors, for export.
 
-    A CPU reads no further than the last slot that is seen; elsewhere all slots are read, and a shorter cache is a faster step.
+    A CPU reads the cache up to the last slot that is seen; other devices read all slots, so that a shorter cache is faster.
     """
     positions = lengths[:, None]
     layer = _layer(cfg, _over_cache(positions, _seen(positions, cache[0][0].shape[1]), donate=False))
@@ -86,12 +86,17 @@ def _blocks(
 
 
 def _layer(cfg: ModelConfig, attend: Attend) -> Layer:
-    return lambda p, x, angles, kv: block(p, x, angles, cfg, attend, kv)
+    def layer(p: Block, x: Tensor, angles: Tensor, kv: KV) -> tuple[Tensor, KV]:
+        x, new = block(p, x, angles, cfg, attend, kv)
+        assert new is not None, "an attend that is given a cache returns one"
+        return x, new
+
+    return layer
 
 
-@lru_cache(maxsize=4)  # pictures of one model share what is compiled
+@lru_cache(maxsize=4)  # pictures of one model share the compiled block
 def _compiled(cfg: ModelConfig) -> Callable[..., Float[Tensor, "1 B D"]]:
-    """A block over one more token in each row; it is given the whole cache, so that its shapes stay while rows grow."""
+    """A compiled block over one more token in each row; it takes the whole cache, so that its shapes stay the same as rows grow."""
     from lumina_fn.transform import inductor, jit  # slow to import, and needed only here
 
     def one_more(p, x, angles, positions, seen, *kv):
@@ -101,7 +106,7 @@ def _compiled(cfg: ModelConfig) -> Callable[..., Float[Tensor, "1 B D"]]:
 
 
 def _apart(lengths: list[int]) -> Attend:
-    """Consecutive sequences of these lengths, each causal over itself and kept from slot 0 of its row."""
+    """Causal attention within each of the consecutive sequences of these lengths, whose keys and values go to slots 0, 1, ... of its row."""
 
     def attend(q, k, v, cache):
         out, (keys, values) = [], cache
@@ -114,19 +119,19 @@ def _apart(lengths: list[int]) -> Attend:
 
 
 def _seen(positions: Int[Tensor, "B T"], slots: int) -> Bool[Tensor, "B T S"]:
-    """Each row's T tokens see that row's slots up to their own."""
+    """Which slots each of a row's T tokens sees: those up to its own."""
     return torch.arange(slots, device=positions.device) <= positions[..., None]
 
 
 def _over_cache(positions: Int[Tensor, "B T"], seen: Bool[Tensor, "B T S"], *, donate: bool) -> Attend:
-    """Each row's T tokens are kept in its slots `positions`, and see what `seen` says of the first S slots."""
+    """Attention of each row's T tokens, whose keys and values go to the slots `positions`, over the first S slots where `seen` allows it."""
     rows = lambda x: x.view(*positions.shape, *x.shape[2:])
 
     def attend(q, k, v, cache):
-        cache = tuple(
+        kept_k, kept_v = (
             ops.write_cache(kept, positions, rows(new), donate=donate) for kept, new in zip(cache, (k, v), strict=True)
         )
-        keys, values = (kept[:, : seen.shape[-1]] for kept in cache)
-        return ops.cached_attention(rows(q), keys, values, seen).view(q.shape), cache
+        keys, values = (kept[:, : seen.shape[-1]] for kept in (kept_k, kept_v))
+        return ops.cached_attention(rows(q), keys, values, seen).view(q.shape), (kept_k, kept_v)
 
     return attend

@@ -22,6 +22,8 @@ SIZE = Range(1, 1 << 20)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """The arguments of `lumina export`."""
+
     model: Annotated[Path, "a model's folder, of which config.json is read and no weights", POSITIONAL]
     out: Annotated[Path, "the new folder", POSITIONAL]
     what: Annotated[
@@ -52,6 +54,7 @@ IGNORED = {"forward": ("tokens", *ONLY_STEP), "decode": ONLY_STEP, "step": ()}  
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (None: those of sys.argv); the exit code. Raises InputError."""
     run = flags.parse(Settings, __doc__, argv)
     usual = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
     for name in IGNORED[run.what]:
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with startup.importing():
         from lumina_fn.programs import folder
 
-    folder.write(run)
+    for line in folder.write(run):
+        print(line)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Gradients of the loss, unit by unit: forward through the blocks and back, with nothing alive that is not needed.
+"""Gradients of the loss, unit by unit: forward through the blocks and back, freeing each tensor after its last use.
 
-torch.func.grad of `loss` gives the same numbers, but holds every activation and every gathered unit to its end. Here the
+torch.func.grad of `loss` gives the same numbers, but keeps every activation and every gathered unit until its end. Here the
 blocks share one (forward, backward) pair, so that compile time does not grow with depth, and what lives between a block's
 forward and its backward is decided in one place.
 """
@@ -21,20 +21,21 @@ from lumina_fn.model import Block, Norm, Params, along, angles_of
 from lumina_fn.sharding import Mesh
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
 
-BLOCK = pytree.tree_structure(Block(*[0] * 4, Norm(0, 0), Norm(0, 0), *[0] * 5))  # leaves stand for tensors
+_NORM = Norm._make([0, 0])  # zeros in place of tensors
+BLOCK = pytree.tree_structure(Block._make([0] * 4 + [_NORM] * 2 + [0] * 5))
 
 
 class Seams(NamedTuple):
-    """How units of parameters become whole for compute, and how a whole unit's gradients become a unit's again."""
+    """How sharded units are gathered for compute, and how the gradients of a whole unit are scattered again."""
 
-    forward: Callable  # units in order -> an iterator of whole ones
-    backward: Callable  # the same on the way back
+    forward: Callable  # units in order -> an iterator of whole units
+    backward: Callable  # the same for the backward
     scatter: Callable  # (gradients of a whole unit, unit) -> unit
     regathers: bool  # whether a whole unit is dropped between forward and backward
 
 
 def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
-    """Those of a mesh, or of parameters that are whole; compute is in `dtype` (None: as they come)."""
+    """The seams of a mesh, or (None) of whole parameters; compute is in `dtype` (None: the parameters' own)."""
     cast = lambda unit: unit if dtype is None else pytree.tree_map(lambda x: x.to(dtype), unit)
     if mesh is None:
         masters = lambda grads, unit: pytree.tree_map(lambda g, x: g.to(x.dtype), grads, unit)
@@ -45,7 +46,7 @@ def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
     return Seams(ahead(mesh.forward_prefetch), ahead(mesh.backward_prefetch), scatter, mesh.regathers)
 
 
-@lru_cache(maxsize=4)  # two steps of one model share what is compiled
+@lru_cache(maxsize=4)  # steps of one model share the compiled pair
 def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool, packed: bool = False) -> Pair:
     """One block as a function of (x, angles, *leaves), or (x, angles, first, *leaves) for packed rows, and its backward."""
     fixed = (1, 2) if packed else (1,)
@@ -58,9 +59,9 @@ def walk(
     cfg: ModelConfig, seam: Seams, pair: Pair, params: Params, batch: Batch | Packed, count: Tensor, *,
     z_weight: float, scatter: Callable, before: Params | None,
 ) -> tuple[Params, Tensor]:  # fmt: skip
-    """Gradients of a batch [B T]'s loss over `count`, as units that `scatter` makes, and [loss, ce, z].
+    """The gradients of the loss of a batch [B T], a sum divided by `count`, in units made by `scatter`; and [loss, ce, z].
 
-    They are added to `before`, the gradients of earlier batches, in place.
+    They are added in place to `before`, the gradients of earlier batches (None: there are none).
     """
     tokens, *first = (x[:, : cfg.max_positions] for x in (batch.tokens, *batch[2:]))
     where = (angles_of(tokens, cfg, *first), *first)
@@ -89,7 +90,7 @@ def walk(
         del x, residuals, leaves
         d_blocks.append(done(pytree.tree_unflatten(grads, BLOCK), blocks[i], before and before.blocks[i]))
         del grads
-    # A looked-up row's gradient needs no table: the embedding is not gathered again.
+    # The gradient of an embedding lookup does not need the table, so the embedding is not gathered again.
     d_table = torch.ops.aten.embedding_dense_backward(dx, tokens, cfg.vocab, -1, False)
     d_embed = done(d_table, params.embed, before and before.embed)
     return Params(d_embed, tuple(reversed(d_blocks)), d_head), terms

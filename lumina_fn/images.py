@@ -1,8 +1,8 @@
-"""Pictures: opened safely, cut to one of a target's sizes, put on white, and made numbers.
+"""Pictures: open them safely, crop them to one of a target's sizes, put them on white, convert them to tensors.
 
-Every step is the reference's, down to Pillow's rounding: the cut is made in the file's own mode, before the whitening,
-so a palette picture is resized by nearest neighbour; EXIF rotation is not applied. One thing differs: a JPEG of more than 16
-million pixels that is to be halved is halved by its decoder, which differs by a few levels of 255, and takes a fourth of the memory.
+Every step is the reference's, down to Pillow's rounding: the crop is made in the file's own mode, before the whitening, so a palette
+picture is resized by nearest neighbour; EXIF rotation is not applied. One difference: a JPEG of more than 16 million pixels that must
+be halved is halved by its decoder, which changes values by a few levels of 255 and takes a fourth of the memory.
 """
 
 import ctypes
@@ -26,27 +26,28 @@ from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.process.ranges import MAX_TARGET
 
-# Blocks that malloc maps one by one, and gives back: smaller ones stay, once for each thread, when a large picture is done.
+# Blocks of this size are mapped one by one and returned to the system; smaller ones stay allocated, in each thread, after a large picture.
 Image.core.set_block_size(64 << 20)
-# Gives memory that decoders have freed back to the system; malloc keeps up to 100 MB of it for each thread. Only glibc has it.
+# Returns memory that decoders have freed to the system; malloc keeps up to 100 MB of it in each thread. Only glibc has it.
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 T = TypeVar("T")
+File = io.BufferedReader | io.BytesIO
 PATCH = 32  # pixels; sides are multiples of it
 LARGEST_ASPECT = 4
-# Formats that Pillow decodes itself: others may start programs (EPS runs Ghostscript).
+# Formats that Pillow decodes itself; others may start programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-MAX_PIXELS = 89_478_485  # of a file, before it is decoded: 256 MiB of RGB, Pillow's own bound
-MAX_BYTES = 1 << 30  # of a file: far more than MAX_PIXELS take
-# Pixels above which a format's decoder by itself takes half a gigabyte: WebP's holds three pictures of 4 bytes a pixel beside Pillow's.
+MAX_PIXELS = 89_478_485  # limit of a file, checked before decoding: 256 MiB of RGB, Pillow's own bound
+MAX_BYTES = 1 << 30  # limit of a file: far more than MAX_PIXELS need
+# Lower limits for formats whose decoder would take half a gigabyte: WebP's holds three pictures of 4 bytes a pixel beside Pillow's.
 MAX_PIXELS_OF = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 1 << 25}
-# Pixels from which a JPEG is decoded at a half, a quarter or an eighth, and a file is decoded without being held.
+# Pixels from which a JPEG is decoded at 1/2, 1/4 or 1/8 size; bytes above which a file is decoded without being read into memory first.
 LARGE = 1 << 24
-# Pixels that all threads together decode at the same time: 4 bytes each, and as many for what they become. A picture of a format in
-# MAX_PIXELS_OF counts for more, in the ratio of the two limits.
+# Pixels that all threads together decode at the same time: 4 bytes each, and 4 for the result. A picture of a format in MAX_PIXELS_OF
+# counts for more, in the ratio of the two limits.
 AT_ONCE = MAX_PIXELS
-MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture a cut is taken from: only a sliver of a picture comes near
-LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # what the 256 values of a byte become
+MAX_COVER_PIXELS = 10 * 2**26  # of the resized picture before the crop; only long and thin pictures come near
+LEVELS = (np.arange(256) / 255.0 * 2 - 1).astype(np.float32)  # the float of each byte value
 
 
 class Cut(NamedTuple):
@@ -75,7 +76,7 @@ def crop_sizes(target: int) -> list[tuple[int, int]]:
 
 
 def cut(size: tuple[int, int], target: int) -> Cut | None:
-    """The cut of a picture of this (width, height) that keeps most of it; None if the size is in the list already."""
+    """The cut that keeps most of a picture of this (width, height); None if it already has one of the target's sizes."""
     sizes = crop_sizes(target)
     if size in sizes:
         return None
@@ -95,9 +96,9 @@ def cut(size: tuple[int, int], target: int) -> Cut | None:
 
 
 def crop(image: Image.Image, target: int, source: tuple[int, int] | None = None) -> Image.Image:
-    """The picture at one of the target's sizes, in its own mode. Raises InputError for a sliver too long to resize.
+    """The picture at one of the target's sizes, in its own mode. Raises InputError for a picture too long and thin to resize.
 
-    `source` is the size of the whole picture where `image` was decoded smaller than it is.
+    `source` is the size of the whole picture if `image` was decoded at a smaller size.
     """
     how = cut(source or image.size, target)
     if how is None:
@@ -113,11 +114,11 @@ def crop(image: Image.Image, target: int, source: tuple[int, int] | None = None)
 
 
 def _halved(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`image.resize(size, BOX)`; of a large picture a strip at a time, since Pillow holds half of it, and of RGBA all of it, beside it.
+    """`image.resize(size, BOX)`; a large picture is resized in strips, since Pillow would copy half of it, and all of an RGBA picture.
 
-    A large picture's last row is left out where it is the odd one.
+    An odd last row of a large picture is ignored.
     """
-    # P and 1 are one byte a pixel, and resized by nearest; what a JPEG decoder halved may be a pixel larger than `size`.
+    # P and 1 take one byte a pixel and are resized by nearest neighbour; a picture halved by a JPEG decoder may be a pixel larger than `size`.
     if image.width * image.height < LARGE or image.mode in ("P", "1") or image.height // 2 != size[1]:
         return image.resize(size, Image.Resampling.BOX)
     half, rows = Image.new(image.mode, size), max(1, LARGE // 8 // image.width)
@@ -153,7 +154,7 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
 
 
 class Loaded(NamedTuple):
-    """A picture's file as it is encoded."""
+    """A picture of one of the target's sizes, with the size and the hash of its source file."""
 
     image: Image.Image  # RGB, at one of the target's sizes
     source: tuple[int, int]  # width and height of the whole picture
@@ -161,9 +162,9 @@ class Loaded(NamedTuple):
 
 
 def load(path: Path, target: int) -> Loaded:
-    """The picture in a file, cut for a target. Raises InputError for anything that is not one of bounded size.
+    """The picture in a file, cropped for a target. Raises InputError for anything but a picture of bounded size.
 
-    One thread's large picture waits for another's: AT_ONCE bounds what all threads of a process hold.
+    Waits while other threads decode: AT_ONCE bounds the pixels of all threads of a process.
     """
     with _room.entered() as take:
         return _loaded(path, target, take)
@@ -174,7 +175,8 @@ def _loaded(path: Path, target: int, take: Callable[[int], None]) -> Loaded:
         digest = hashlib.file_digest(file, "sha256").digest()
         source = image.size
         take(source[0] * source[1] * MAX_PIXELS // _most(image))
-        whole, fitted = _decoded(file, image, target), None
+        whole = _decoded(file, image, target)
+        fitted: Image.Image | None = None
         try:
             fitted = whiten(crop(whole, target, source))
         except ValueError as error:
@@ -183,28 +185,28 @@ def _loaded(path: Path, target: int, take: Callable[[int], None]) -> Loaded:
             raise InputError(f"a picture of mode {whole.mode}: {error}") from error
         finally:
             if fitted is not image:
-                image.close()  # an error that is told of later holds the picture, and not its pixels
+                image.close()  # a later report of the error keeps the picture object alive, but not its pixels
+    assert fitted is not None, "or an error was raised"
     return Loaded(fitted, source, digest)
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded picture; of an animation its first. Raises InputError for anything that is not one of bounded size."""
+    """The decoded picture; the first of an animation. Raises InputError for anything but a picture of bounded size."""
     with _open(path) as (file, image):
         return _decoded(file, image)
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[io.IOBase, Image.Image]]:
-    """A picture's file, and the picture in it before it is decoded. A small file is held as bytes: what is hashed is what is decoded."""
-    with _named(reading.opened, path, "a picture") as file, warnings.catch_warnings():
+def _open(path: Path) -> Iterator[tuple[File, Image.Image]]:
+    """A picture's file and its undecoded picture. A small file is read into memory once: the hashed bytes are the decoded bytes."""
+    with _named(reading.opened, path, "a picture") as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        status = os.fstat(file.fileno())
+        status = os.fstat(opened.fileno())
         if status.st_size == 0:
             raise InputError("the file has zero size")
         if status.st_size > MAX_BYTES:
             raise InputError(f"the file has {status.st_size} bytes, more than {MAX_BYTES}")
-        if status.st_size <= LARGE:
-            file = io.BytesIO(_named(file.read, MAX_BYTES))
+        file: File = io.BytesIO(_named(opened.read, MAX_BYTES)) if status.st_size <= LARGE else opened
         Image.init()
         with _readable():
             image = Image.open(
@@ -222,16 +224,16 @@ def _open(path: Path) -> Iterator[tuple[io.IOBase, Image.Image]]:
 
 
 def _most(image: Image.Image) -> int:
-    """Pixels that a picture of its format may have."""
-    return MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
+    """The largest number of pixels allowed for the picture's format."""
+    return MAX_PIXELS_OF.get(image.format or "", MAX_PIXELS)
 
 
-def _decoded(file: io.IOBase, image: Image.Image, target: int | None = None) -> Image.Image:
-    """The picture, decoded; a large JPEG that will be halved anyway at the size that its own decoder makes of it."""
+def _decoded(file: File, image: Image.Image, target: int | None = None) -> Image.Image:
+    """The decoded picture; a large JPEG that the crop would halve is decoded at a reduced size."""
     file.seek(0)
     how = cut(image.size, target) if target is not None else None
     if how is not None and how.halved and image.format == "JPEG" and image.width * image.height > LARGE:
-        image.draft(image.mode, how.halved[-1])  # the smallest that is not smaller
+        image.draft(image.mode, how.halved[-1])  # the smallest decoder size that is at least this large
     with _readable():
         image.load()
     return image
@@ -239,7 +241,7 @@ def _decoded(file: io.IOBase, image: Image.Image, target: int | None = None) -> 
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """An error of Pillow's is an InputError: on a damaged file its decoders raise OSError, SyntaxError, ValueError, struct.error and more."""
+    """Turn Pillow's errors into InputError: on damaged files its decoders raise OSError, SyntaxError, ValueError, struct.error and more."""
     try:
         yield
     except Image.UnidentifiedImageError as error:
@@ -251,7 +253,7 @@ def _readable() -> Iterator[None]:
 
 
 def _named(call: Callable[..., T], *args: Any) -> T:
-    """A file's own errors without its name, which a row tells."""
+    """call(*args), with errors as InputError without the file's name, which the caller adds."""
     try:
         return call(*args)
     except OSError as error:
@@ -261,7 +263,7 @@ def _named(call: Callable[..., T], *args: Any) -> T:
 
 
 class _Room:
-    """As many pixels as there is room for, shared out among threads."""
+    """A limit on the pixels that all threads together may hold."""
 
     def __init__(self, pixels: int):
         self._whole = self._free = pixels
@@ -269,7 +271,7 @@ class _Room:
 
     @contextmanager
     def entered(self) -> Iterator[Callable[[int], None]]:
-        """`take(pixels)`, called once, waits until they are there; they are given back at the end."""
+        """A function `take(pixels)`, to be called once, which waits until they are free; the block's end releases them."""
         taken = 0
 
         def take(pixels: int) -> None:

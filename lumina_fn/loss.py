@@ -1,4 +1,4 @@
-"""What is minimised: next-token cross-entropy with a z-loss, and its head's gradients in one pass."""
+"""The training loss: next-token cross-entropy with a z-loss; and the gradients of the head in one pass."""
 
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from lumina_fn.vocab import IGNORE
 
 
 class Batch(NamedTuple):
+    """Rows of token ids, and the label of each token."""
+
     tokens: Int[Tensor, "B T"]  # or [A B T]: A accumulated micro batches
     labels: Int[Tensor, "B T"]  # IGNORE where a token is not predicted
 
@@ -24,11 +26,11 @@ class Packed(NamedTuple):
 
     tokens: Int[Tensor, "B T"]  # or [A B T]
     labels: Int[Tensor, "B T"]
-    first: Int[Tensor, "B T"]  # for each position, the one where its document starts
+    first: Int[Tensor, "B T"]  # for each position, the position where its document starts
 
 
 def predicted(labels: Tensor, cfg: ModelConfig) -> Int[Tensor, ""]:
-    """How many tokens a batch predicts."""
+    """The number of tokens that a batch predicts."""
     return (labels[..., 1 : cfg.max_positions] != IGNORE).sum()
 
 
@@ -36,7 +38,7 @@ def loss(
     params: Params, batch: Batch | Packed, cfg: ModelConfig, *, z_weight: float = 1e-5, count: Tensor | int | None = None,
     gather=lambda unit: unit, remat=lambda f: f,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Next-token cross-entropy + z_weight * z-loss, and both; sums over predicted tokens / count (None: this batch's own)."""
+    """Next-token cross-entropy + z_weight * z-loss, and both terms; sums over predicted tokens / count (None: this batch's own)."""
     tokens, labels, *first = batch
     count = predicted(labels, cfg).clamp(min=1) if count is None else torch.as_tensor(count, device=labels.device)
     x = trunk(params, tokens, cfg, *first, gather=gather, remat=remat)
@@ -50,8 +52,8 @@ def loss(
 def head_gradients(
     p: Head, x: Float[Tensor, "B T D"], labels: Int[Tensor, "B _"], cfg: ModelConfig, *, z_weight: float, count: Tensor
 ) -> tuple[Head, Tensor, Tensor]:
-    """Gradients of the head and of x, and [loss, ce, z]: the fused pass as it is, where autograd would copy [V D] once more."""
-    normed, pull = vjp(lambda gain, x: _normed(gain, x, cfg), p.norm, x)
+    """The gradients of the head and of x, and [loss, ce, z], by the fused pass alone: autograd would copy [V D] once more."""
+    normed, pull = vjp(lambda gain, x: _normed(gain, x, cfg), p.norm, x)[:2]  # without has_aux there is no third
     ce, z, d_normed, d_unembed = ops.linear_cross_entropy_pass(
         normed, p.unembed, _targets(labels, x), count, z_weight, list(cfg.masked_ids)
     )

@@ -3,7 +3,7 @@
 Axes, here and in every signature of this package:
   B batch   T query time   S key time   D width   H heads   G key and value heads   K head width   F hidden   V vocabulary
 
-Three callables are the whole extension mechanism, each an identity by default:
+Three callables are the whole extension mechanism:
   attend  how queries meet keys (causal over this call, over a cache, over packed documents)
   gather  how a unit of parameters becomes whole (already whole, or gathered from its shards)
   remat   what a block keeps for its backward (everything, or its inputs)
@@ -11,7 +11,7 @@ Three callables are the whole extension mechanism, each an identity by default:
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,15 +23,19 @@ import ops
 from kernels.reference import among
 from lumina_fn.config import ModelConfig
 
-HEAD_NORM_EPS = 1e-5  # fixed in the reference, whatever rms_norm_eps says
+HEAD_NORM_EPS = 1e-5  # fixed in the reference, independent of rms_norm_eps
 
 
 class Norm(NamedTuple):
+    """Gain and bias of a layer norm over the channels of a head."""
+
     gain: Float[Tensor, "1 K"]
     bias: Float[Tensor, "1 K"]
 
 
 class Block(NamedTuple):
+    """The parameters of a transformer block: attention and a gated MLP."""
+
     attn_norm: Float[Tensor, " D"]
     q: Float[Tensor, "H*K D"]
     k: Float[Tensor, "G*K D"]
@@ -46,13 +50,15 @@ class Block(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What turns the last block's output into logits."""
+    """The parameters that turn the last block's output into logits."""
 
     norm: Float[Tensor, " D"]
     unembed: Float[Tensor, "V D"]
 
 
 class Params(NamedTuple):
+    """The parameters of the transformer."""
+
     embed: Float[Tensor, "V D"]
     blocks: tuple[Block, ...]
     head: Head
@@ -62,7 +68,8 @@ KV = tuple[Tensor, Tensor]  # one layer's keys and values, each [B S G K]
 Attend = Callable[[Tensor, Tensor, Tensor, KV | None], tuple[Tensor, KV | None]]
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, cache: None) -> tuple[Tensor, None]:
+def causal(q: Tensor, k: Tensor, v: Tensor, cache: KV | None) -> tuple[Tensor, KV | None]:
+    """Causal attention over the tokens of this call; the cache is returned as given."""
     return ops.attention(q, k, v), cache
 
 
@@ -72,7 +79,7 @@ def packed(first: Int[Tensor, "B T"]) -> Attend:
 
 
 def rope(positions: Int[Tensor, "*B T"], cfg: ModelConfig) -> Float[Tensor, "*B T 2 half"]:
-    """Cosines and sines of the angles at these positions, float32."""
+    """Cosines and sines of the rotary angles at these positions, float32."""
     channel = torch.arange(0, cfg.head_width, 2, device=positions.device, dtype=torch.float32)
     angle = positions.float()[..., None] * (1.0 / cfg.rope_theta ** (channel / cfg.head_width))
     return torch.stack([angle.cos(), angle.sin()], -2)
@@ -81,6 +88,7 @@ def rope(positions: Int[Tensor, "*B T"], cfg: ModelConfig) -> Float[Tensor, "*B 
 def attention(
     p: Block, x: Float[Tensor, "B T D"], angles: Tensor, cfg: ModelConfig, attend: Attend, cache: KV | None
 ) -> tuple[Float[Tensor, "B T D"], KV | None]:
+    """The attention layer of a block, and the cache that `attend` returns."""
     heads = lambda w: rearrange(ops.linear(x, w), "B T (H K) -> B T H K", K=cfg.head_width)
     normed = lambda x, norm: ops.qk_norm_rotary(x, norm.gain, norm.bias, angles, HEAD_NORM_EPS)
     q, k = normed(heads(p.q), p.q_norm), normed(heads(p.k), p.k_norm)
@@ -89,6 +97,7 @@ def attention(
 
 
 def mlp(p: Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """The gated MLP of a block: down @ (silu(gate @ x) * (up @ x))."""
     return ops.linear(ops.swiglu(ops.linear(x, p.gate), ops.linear(x, p.up)), p.down)
 
 
@@ -100,6 +109,7 @@ def block(
     attend: Attend = causal,
     cache: KV | None = None,
 ) -> tuple[Float[Tensor, "B T D"], KV | None]:
+    """The output of a transformer block, and the cache that `attend` returns."""
     norm = lambda gain, y: ops.rms_norm(y, gain, cfg.eps)
     if cfg.swin_norm:
         a, cache = attention(p, x, angles, cfg, attend, cache)
@@ -116,12 +126,12 @@ def trunk(
 ) -> Float[Tensor, "B _ D"]:  # fmt: skip
     """The residual stream after the last block, before the final norm; tokens beyond cfg.max_positions are cut.
 
-    `first`, for rows that hold several documents: for each position, the one where its document starts.
+    `first`, for rows that hold several documents: for each position, the position where its document starts.
     """
-    tokens, *first = (x[:, : cfg.max_positions] for x in (tokens, *first))
+    tokens, *starts = (x[:, : cfg.max_positions] for x in (tokens, *first))
     x = F.embedding(tokens, gather(params.embed))
     layer = remat(lambda p, x, *where: along(gather(p), x, cfg, *where))
-    where = (angles_of(tokens, cfg, *first), *first)
+    where = (angles_of(tokens, cfg, *starts), *starts)
     for p in params.blocks:
         x = layer(p, x, *where)
     return x
@@ -136,7 +146,7 @@ def angles_of(tokens: Int[Tensor, "B T"], cfg: ModelConfig, *first: Int[Tensor, 
 def along(
     p: Block, x: Float[Tensor, "B T D"], cfg: ModelConfig, angles: Tensor, *first: Tensor
 ) -> Float[Tensor, "B T D"]:
-    """A block over whole rows, each one document or several."""
+    """A block over whole rows, each of one document or (with `first`) several."""
     return block(p, x, angles, cfg, packed(*first) if first else causal)[0]
 
 
@@ -153,12 +163,17 @@ def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tenso
 def forward(
     params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
 ) -> Float[Tensor, "B _ V"]:
-    """Next-token logits at every position that is not cut, float32."""
+    """Next-token logits at the first cfg.max_positions positions, float32 (float64 for float64 parameters)."""
     return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
 
 
+def units(params: Params) -> tuple[Any, ...]:
+    """The embedding, each block, and the head: the parts gathered one at a time. In a sharded tree each is a `sharding.Sharded`."""
+    return (params.embed, *params.blocks, params.head)
+
+
 def over_units(fn: Callable, *trees: Params) -> Params:
-    """fn of each unit (the embedding, each block, the head) of one or several trees: what is gathered at a time."""
+    """fn of each unit (the embedding, each block, the head) of one or several trees."""
     embed, blocks, head = zip(*trees, strict=True)
     return Params(fn(*embed), tuple(fn(*units) for units in zip(*blocks, strict=True)), fn(*head))
 
@@ -166,7 +181,7 @@ def over_units(fn: Callable, *trees: Params) -> Params:
 def init(
     cfg: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Params:
-    """Random parameters, normal with deviation 0.02; with device="meta", their shapes and dtypes only."""
+    """Random parameters: weights normal with standard deviation 0.02, gains 1, biases 0; with device="meta", shapes and dtypes only."""
     if torch.device(device).type == "meta":
         draw = torch.empty  # torch.randn imports PyTorch's compiler there, which takes two seconds
     else:

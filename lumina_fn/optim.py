@@ -15,14 +15,14 @@ Schedule = Callable[[Tensor], Tensor | float]  # learning rate of a step, counte
 
 
 class AdamW(NamedTuple):
-    """Decoupled decay that reaches every parameter, and gradients clipped to a global norm first."""
+    """Hyperparameters of AdamW: decoupled decay of every parameter, after gradients are clipped to a global norm."""
 
     lr: float | Schedule = 2e-5
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     decay: float = 1e-2
-    clip: float = 1.0  # math.inf: never
+    clip: float = 1.0  # global norm; math.inf: never clip
 
 
 def constant(lr: float, warmup: int = 0) -> Schedule:
@@ -58,6 +58,8 @@ def update(opt: AdamW, count: Tensor, lr: Tensor, norm: Tensor, skip: Tensor, pa
     """The count-th update of a tree: new (params, mu, nu); unchanged where `skip` is true."""
     scale = (opt.clip / (norm + 1e-6)).clamp(max=1)
     spec = pytree.tree_structure(params)
-    leaves = (pytree.tree_leaves(tree) for tree in (params, grads, mu, nu))
-    new = ops.adamw(*leaves, count, lr, scale, skip, b1=opt.b1, b2=opt.b2, eps=opt.eps, decay=opt.decay, donate=donate)
+    p, g, m, v = (pytree.tree_leaves(tree) for tree in (params, grads, mu, nu))
+    new = ops.adamw(
+        p, g, m, v, count, lr, scale, skip, b1=opt.b1, b2=opt.b2, eps=opt.eps, decay=opt.decay, donate=donate
+    )
     return tuple(pytree.tree_unflatten(x, spec) for x in new)

@@ -1,4 +1,4 @@
-"""Text to ids: the model folder's own tokenizer, and the sentence a caption is put into."""
+"""Text to ids: the tokenizer in the model's folder, and the sentence around a caption."""
 
 import hashlib
 import json
@@ -30,29 +30,32 @@ from lumina_fn.vocab import (
 )
 
 LARGEST_SIZE = 99  # patches: `<reserved088NN>` has two digits
-CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # whatever the tokenizer makes of them
+CONTROL = re.compile(r"<racm3:break>|<eoss>|<\|image\|>|<reserved\d{5}>")  # refused in any caption
 PATCH = 32  # pixels
-LARGEST_ID = 1 << 20  # far above any vocabulary; bounds the sets that are made of ids
+LARGEST_ID = 1 << 20  # far above any vocabulary; bounds the size of sets of ids
 
 
 @dataclass(frozen=True)
 class Tokenizer:
+    """The tokenizer of a model's folder, with the special ids."""
+
     encode: Callable[[str], list[int]]  # adds no bos or eos
     bos: int
     eos: int
     ids: Ids
     sizes: frozenset[int]  # patches of 32 pixels that have a size token
     control: frozenset[int]  # ids that no caption may produce
-    fingerprint: str  # of everything that decides which ids a caption becomes
+    fingerprint: str  # hash of everything that determines the ids of a caption
 
 
 def prompt_text(caption: str, width: int, height: int, with_size: bool) -> str:
+    """The sentence that the model expects around a caption; `with_size` adds the picture's size in pixels."""
     size = f" of {width}x{height}" if with_size else ""
     return f"Generate an image{size} according to the following prompt:\n{caption}"
 
 
 def prompt_ids(tokenizer: Tokenizer, caption: str, width: int, height: int, with_size: bool = True) -> list[int]:
-    """`[bos] enc(prompt + sep)` for a picture of width x height pixels; what follows is the image's `start`."""
+    """The ids `[bos] enc(prompt + sep)` for a picture of width x height pixels; the image's `start` comes next."""
     return [tokenizer.bos, *tokenizer.encode(prompt_text(caption, width, height, with_size) + SEP_TEXT)]
 
 
@@ -69,8 +72,8 @@ def check_size(tokenizer: Tokenizer, width: int, height: int) -> None:
 
 
 def caption_problem(tokenizer: Tokenizer, caption: str, longest: int = LONGEST_CAPTION) -> str | None:
-    """Why this caption cannot be used: it has more than `longest` characters, would encode to a control token, or is no Unicode
-    text. None if it can."""
+    """The reason why a caption cannot be used: more than `longest` characters, text of a control token, or no valid Unicode. None if
+    it can be used."""
     if len(caption) > longest:  # first: the tokenizer takes minutes for 40 MB, and ends the process for 300
         return f"the prompt has {len(caption)} characters, more than {longest}"
     try:
@@ -85,11 +88,11 @@ def caption_problem(tokenizer: Tokenizer, caption: str, longest: int = LONGEST_C
 
 
 def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json. The former is tried in a process of its own
-    first, once for each content, unless it was `tried` by the caller.
+    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json. tokenizer.json is first loaded in a process of
+    its own (see tokenizer_trial), once for each content, unless the caller has done so (`tried`).
 
-    Special ids are checked against `ids` in the folder's config.json, or against the released model's fixed ones where
-    there is none or where its vocabulary is the released one. Raises InputError for a missing or different special token.
+    Special ids are compared with `ids` in the folder's config.json, or with the released model's fixed ids if there are none
+    or if the vocabulary is the released one. Raises InputError for a missing or different special token.
     """
     folder = Path(folder)
     spec = _read_json(folder / "tokenizer.json")
@@ -110,7 +113,7 @@ def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
             return model.encode(text, add_special_tokens=False).ids
 
     def special(text: str) -> int | None:
-        """The id of a token that is found in running text; being in the vocabulary is not enough."""
+        """The id of a token, if the tokenizer finds it in running text: being in the vocabulary is not enough."""
         token = model.token_to_id(text)
         return token if encode(text) == [token] else None
 
@@ -137,7 +140,7 @@ def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
 
 @contextmanager
 def _library(what: str) -> Iterator[None]:
-    """An error of the tokenizers library is an InputError: it raises Exception itself, and where it panics what is no Exception."""
+    """Turn errors of the tokenizers library into InputError: it raises Exception itself, and a BaseException where it panics."""
     try:
         yield
     except BaseException as error:
@@ -151,7 +154,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> int | None:
-    """The id of the token that tokenizer_config.json names, as a string or as {"content": ...}; None if it names none."""
+    """The id of the token under `key` in tokenizer_config.json, a string or {"content": ...}; None if there is none."""
     token = names.get(key)
     text = token.get("content") if isinstance(token, dict) else token
     if text is None:
@@ -167,9 +170,7 @@ def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> 
 
 def _special_ids(lookup: Callable[[str], int | None], config: dict, folder: Path) -> tuple[Ids, frozenset[int]]:
     """The model's ids, and the picture sides (in patches) that have a size token."""
-    own = config.get("ids")
-    own = own if isinstance(own, dict) else {}
-    sizes = config.get("model") if isinstance(config.get("model"), dict) else {}
+    own, sizes = (value if isinstance(value, dict) else {} for value in (config.get("ids"), config.get("model")))
     expected = {
         "start": LUMINA_START,
         "end": LUMINA_END,

@@ -42,14 +42,14 @@ def reference(guidance: Number, h: int, w: int) -> list[Number]:
 
 
 def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], scale: Number) -> Float[Tensor, "*B V"]:
-    """Scores moved from those without a prompt past those with it; scale 1 is no guidance."""
+    """Classifier-free guidance: uncond + scale * (cond - uncond); scale 1 returns cond."""
     return cond if scale == 1.0 else scale * (cond - uncond) + uncond
 
 
 def drop_unlikely(scores: Float[Tensor, "*B V"], cond: Float[Tensor, "*B V"], min_p: Number) -> Float[Tensor, "*B V"]:
     """Scores with -inf where the prompted model gives less than min_p of its likeliest id's probability; 0 drops none.
 
-    Judged before guidance, which on a small model raises ids that the prompt never asked for.
+    Computed from scores before guidance, since guidance on a small model raises ids that are improbable under the prompt.
     """
     if min_p == 0.0:
         return scores
@@ -108,7 +108,7 @@ def draw(scores: Float[Tensor, "B V"], temperature: Number, uniform: Float[Tenso
 
 
 def uniforms(seed: int, prompt: int, picture: int, count: int) -> Float[Tensor, " count"]:
-    """The random numbers of one picture, in [0, 1), one per token, whatever is drawn beside it."""
+    """The random numbers of one picture in [0, 1), one per token, independent of other pictures."""
     digest = hashlib.sha256(f"{seed} {prompt} {picture}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.rand(count, generator=generator, dtype=torch.float64)
@@ -122,7 +122,7 @@ def generate(
     """The codes of one picture of height x width pixels (multiples of 32), drawn after `[bos] enc(prompt + sep)`.
 
     The prompt may end in `start size(h) size(w)` of that size. Seed and index (of a prompt, of its picture) fix the random
-    numbers. compile: spend some seconds once, and then less on every code (decode.extend). Raises InputError for sizes, ids or
+    numbers. compile: takes some seconds once, and less time for every code (decode.extend). Raises InputError for sizes, ids or
     settings that cannot be sampled.
     """
     return generate_many(
@@ -138,25 +138,25 @@ def generate_many(
     min_p: Number = 0.0, seed: int = 0, first: tuple[int, int] = (0, 0), tick: Callable[[int], None] = lambda pictures: None,
     compile: bool = False,
 ) -> Int[Tensor, "P n h w"]:  # fmt: skip
-    """n pictures of each prompt, `batch` at a time; `tick` hears after each code how many pictures got one.
+    """n pictures of each prompt, `batch` at a time; after each code `tick` is called with the number of pictures that received one.
 
-    [p, i] is `generate` of prompt p with index first + (p, i): the same random numbers in every batch, scores equal up to
-    the rounding of another batch size. Raises InputError as `generate` does.
+    Entry [p, i] is `generate` of prompt p with index first + (p, i): random numbers do not depend on the batch, and scores are
+    equal up to the rounding of the batch size. Raises InputError as `generate` does.
     """
-    _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, min_p)
+    special = _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, min_p)
     if min(n, batch, len(prompts)) < 1:
         raise InputError(f"{len(prompts)} prompts, n {n}, batch {batch}: expected at least 1 of each")
     h, w = (side // PIXELS_PER_CODE for side in (height, width))
     scales = guidance_schedule(guidance, h, w)
     jobs = [(p, i) for p in range(len(prompts)) for i in range(n)]
-    ids = [torch.tensor(_prompt(prompt, cfg, h, w), device=params.embed.device) for prompt in prompts]
+    ids = [torch.tensor(_prompt(prompt, cfg, special, h, w), device=params.embed.device) for prompt in prompts]
 
     def choose(cond: Tensor, uncond: Tensor, t: int, uniform: Tensor) -> Tensor:
         scores = drop_unlikely(guide(cond, uncond, scales[t]), cond, min_p)
         return draw(keep_top_k(scores, top_k), temperature, uniform)
 
-    # One size of cache: what is compiled for it serves every batch, whatever its prompts' lengths.
-    slots = max(map(len, ids)) + len(_opening(h, w, cfg.ids)) + h * (w + 1)
+    # One size of cache, so that one compiled block serves every batch, whatever its prompts' lengths.
+    slots = max(map(len, ids)) + len(_opening(h, w, special)) + h * (w + 1)
     parts = []
     for part in (jobs[a : a + batch] for a in range(0, len(jobs), batch)):
         random = torch.stack([uniforms(seed, first[0] + p, first[1] + i, h * (w + 1)) for p, i in part])
@@ -168,7 +168,7 @@ def generate_many(
 
 
 def _pictures(params, prompts, slots, random, cfg, h, w, guided, choose, tick, compile) -> Int[Tensor, "B h w"]:
-    """One batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images from `start` on."""
+    """The codes of one batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images without a prompt."""
     ids, B, device = cfg.ids, len(prompts), params.embed.device
     opening = torch.tensor(_opening(h, w, ids), device=device)
     copies = 2 if guided else 1
@@ -187,7 +187,7 @@ def _pictures(params, prompts, slots, random, cfg, h, w, guided, choose, tick, c
                 tokens = torch.stack(fresh, 1).repeat(copies, 1)
                 x = decode.extend(params, tokens, lengths, cache, cfg, compile=compile)
                 lengths, fresh = [n + len(fresh) for n in lengths], []
-            # Only the codes' rows of the unembedding: a tenth of the released vocabulary, the same scores.
+            # Only the rows of the unembedding for codes: a tenth of the released vocabulary, with the same scores.
             head = Head(params.head.norm, params.head.unembed[may.start : may.stop])
             scores = unembed(head, x, replace(cfg, masked_ids=()))[:, 0]
             token = choose(scores[:B], scores[-B:], t, random[:, t]).to(device) + may.start
@@ -201,18 +201,18 @@ def _opening(h: int, w: int, ids: Ids) -> list[int]:
     return [ids.start, *(allowed(n, h, w, ids).start for n in range(2))]
 
 
-def _prompt(prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, h: int, w: int) -> list[int]:
+def _prompt(prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, ids: Ids, h: int, w: int) -> list[int]:
     """The prompt's ids up to the image that is to be drawn."""
     prompt = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
     if odd := [i for i in prompt if not isinstance(i, int) or not 0 <= i < cfg.vocab]:
         raise InputError(
             f"prompt id {odd[0]}: expected whole numbers below {cfg.vocab}, the model's vocabulary; is this its tokenizer?"
         )
-    if (inside := open_image(prompt, cfg.ids)) is not None:
-        opening = _opening(h, w, cfg.ids)
+    if (inside := open_image(prompt, ids)) is not None:
+        opening = _opening(h, w, ids)
         if inside != opening[1:]:
             raise InputError(
-                f"the prompt ends in an image that begins {[cfg.ids.start, *inside[:2]]}, expected {opening} and no more"
+                f"the prompt ends in an image that begins {[ids.start, *inside[:2]]}, expected {opening} and no more"
             )
         prompt = prompt[: -len(opening)]
     if not prompt:
@@ -226,7 +226,8 @@ def _prompt(prompt_ids: Sequence[int] | Tensor, cfg: ModelConfig, h: int, w: int
     return prompt
 
 
-def _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, min_p) -> None:
+def _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, min_p) -> Ids:
+    """The model's image ids. Raises InputError for sizes or settings that cannot be sampled."""
     if cfg.ids is None:
         raise InputError(
             "the model has no image ids (cfg.ids): load it from a folder whose tokenizer or config.json has them"
@@ -254,3 +255,4 @@ def _check(cfg, height, width, guidance, guidance_schedule, top_k, temperature, 
     for name, value, expected, holds in settings:
         if not holds(value):
             raise InputError(f"{name} {value}: expected {expected}")
+    return cfg.ids

@@ -1,6 +1,6 @@
 """FSDP1's contract as functions: a unit's parameters are one flat vector, of which each rank keeps a part.
 
-`shard` cuts, `gather` makes whole for compute (its backward sums the gradients and cuts them again), `unshard` joins for saving.
+`shard` cuts a unit, `gather` joins it for compute (its backward sums and cuts the gradients), `unshard` joins it for saving.
 Ranks form a grid: `shards` hold the parts of one copy, `replicas` hold the same part of different copies.
 """
 
@@ -27,17 +27,17 @@ STRATEGIES = ("fsdp", "sdp", "no", "hybrid", "hybrid_zero2")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Who shares what. Made once, by every rank of `group` together: hybrid strategies form subgroups."""
+    """Which ranks share parameters and how. Every rank of `group` makes it once, at the same time: hybrid strategies form subgroups."""
 
     group: Any  # a torch.distributed process group, or its name
     rank: int
     size: int
     device: torch.device | str = "cpu"
-    strategy: str = "fsdp"  # full shard; sdp: gathered once a micro batch; no: whole copies; hybrid(_zero2): shards within shard_size ranks
-    param_dtype: torch.dtype = torch.float32  # of gathered parameters
-    reduce_dtype: torch.dtype = torch.float32  # of the gradients' sum
-    shard_size: int | None = None  # of the hybrids; divides size
-    forward_prefetch: bool = False  # gather the next unit while one computes, where the device has streams
+    strategy: str = "fsdp"  # fsdp: gather per use; sdp: per micro batch; no: whole copies; hybrid(_zero2): shards within shard_size ranks
+    param_dtype: torch.dtype = torch.float32  # dtype of gathered parameters
+    reduce_dtype: torch.dtype = torch.float32  # dtype in which gradients are summed
+    shard_size: int | None = None  # ranks that share a copy, for the hybrids; divides size
+    forward_prefetch: bool = False  # gather the next unit during compute, on devices with streams
     backward_prefetch: bool = False
     world: Group = field(init=False)
     shards: Group = field(init=False)
@@ -61,7 +61,7 @@ class Mesh:
 
     @property
     def part(self) -> int:
-        """Which part of a copy this rank keeps."""
+        """The index of this rank's part of a copy."""
         return self.rank % self.shards[1]
 
     @property
@@ -75,47 +75,64 @@ def _grid(rank: int, size: int, shard_size: int | None) -> tuple[Group, Group]:
         raise ValueError(f"shard_size {shard_size}: expected a divisor of the {size} ranks")
     rows = [list(range(a, a + shard_size)) for a in range(0, size, shard_size)]
     columns = [list(range(a, size, shard_size)) for a in range(shard_size)]
-    shards, replicas = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in (rows, columns))
+    shards, replicas = (_subgroup(ranks) for ranks in (rows, columns))
     return (shards.group_name, shard_size), (replicas.group_name, size // shard_size)
 
 
+def _subgroup(ranks: list[list[int]]) -> dist.ProcessGroup:
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    assert isinstance(group, dist.ProcessGroup), "this rank is in one of them"
+    return group
+
+
 class Layout(NamedTuple):
+    """The structure of a unit's tree, and the shape of each leaf in order."""
+
     spec: Any
     shapes: tuple[tuple[int, ...], ...]
 
 
 class Sharded:
-    """A rank's part of a unit: a pytree node with one leaf."""
+    """A rank's part of a unit's flat vector: a pytree node with one leaf."""
 
     def __init__(self, part: Float[Tensor, " n"], layout: Layout):
         self.part, self.layout = part, layout
 
 
+def _joined(parts: Iterable[Any], layout: Any) -> Sharded:
+    (part,) = parts
+    return Sharded(part, layout)
+
+
+_KEY: Any = pytree.GetAttrKey("part")  # typed Any: an argument's name differs from that in torch's protocol for keys
 pytree.register_pytree_node(
-    Sharded,
-    lambda s: ([s.part], s.layout),
-    lambda parts, layout: Sharded(*parts, layout),
-    flatten_with_keys_fn=lambda s: ([(pytree.GetAttrKey("part"), s.part)], s.layout),
+    Sharded, lambda s: ([s.part], s.layout), _joined, flatten_with_keys_fn=lambda s: ([(_KEY, s.part)], s.layout)
 )
-optree.register_pytree_node(
-    Sharded, lambda s: ((s.part,), s.layout), lambda layout, parts: Sharded(*parts, layout), namespace="lumina"
-)
+_register: Any = optree.register_pytree_node  # its annotation asks for a collection, but it takes any class
+_register(Sharded, lambda s: ((s.part,), s.layout), lambda layout, parts: _joined(parts, layout), namespace="lumina")
 
 
 def flatten(tree: Any, parts: int, dtype: torch.dtype | None = None) -> tuple[Float[Tensor, " n"], Layout]:
     """The unit's leaves end to end, padded with zeros to a multiple of `parts`, in `dtype` (None: as they are)."""
     leaves, spec = pytree.tree_flatten(tree)
     layout = Layout(spec, tuple(tuple(leaf.shape) for leaf in leaves))
-    size, dtype = sum(leaf.numel() for leaf in leaves), dtype or leaves[0].dtype
-    if len(leaves) == 1 and size % parts == 0 and leaves[0].dtype == dtype:
+    size = sum(leaf.numel() for leaf in leaves)
+    wanted: torch.dtype = leaves[0].dtype if dtype is None else dtype
+    if len(leaves) == 1 and size % parts == 0 and leaves[0].dtype == wanted:
         return leaves[0].reshape(-1), layout
-    return ops.join(leaves, size + -size % parts, dtype), layout
+    return ops.join(leaves, size + -size % parts, wanted), layout
 
 
 def unflatten(flat: Float[Tensor, " n"], layout: Layout) -> Any:
+    """The unit whose leaves lie end to end in a flat vector; its leaves are views of that vector."""
     sizes = [prod(shape) for shape in layout.shapes]
     leaves = flat[: sum(sizes)].split(sizes)
     return pytree.tree_unflatten([x.view(shape) for x, shape in zip(leaves, layout.shapes, strict=True)], layout.spec)
+
+
+def whole_shapes(units: Iterable[Sharded]) -> list[tuple[int, ...]]:
+    """The shapes of all leaves of the whole units, in order."""
+    return [shape for unit in units for shape in unit.layout.shapes]
 
 
 def shard(tree: Any, mesh: Mesh) -> Sharded:
@@ -134,9 +151,9 @@ def gather(unit: Sharded, mesh: Mesh) -> Any:
 def ahead(
     gather: Callable[[Any], Any], units: Iterable[Any], *, device: torch.device | str, prefetch: bool
 ) -> Iterator[Any]:
-    """Each unit made whole by `gather`, in order. With prefetch the next one is under way on a stream of its own meanwhile.
+    """Each unit gathered, in order. With prefetch the next unit is gathered on a second stream in the meantime.
 
-    A device without streams, such as a CPU, gathers one after the other: nothing would overlap.
+    On a CPU, which has no streams, units are gathered one after the other: nothing would overlap.
     """
     if not prefetch or torch.device(device).type == "cpu":
         yield from map(gather, units)
@@ -154,13 +171,13 @@ def ahead(
         queue.extend(map(start, islice(units, 1)))
         main.wait_event(ready)
         for leaf in pytree.tree_leaves(tree):
-            leaf.record_stream(main)  # its memory is not given away before main is done with it
+            leaf.record_stream(main)  # its memory is not reused before main is done with it
         yield tree
         del tree
 
 
 def scatter(grads: Any, unit: Sharded, mesh: Mesh) -> Sharded:
-    """What gather's backward does: whole gradients to this rank's part of their sum."""
+    """This rank's part of the sum of whole gradients over ranks: the backward of `gather`."""
     flat, layout = flatten(grads, mesh.shards[1], mesh.reduce_dtype)
     part = collectives.scatter(flat, mesh.shards, mesh.replicas, unit.part.dtype, mesh.reduce_dtype)
     return Sharded(part, layout)

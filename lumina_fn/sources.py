@@ -1,8 +1,9 @@
-"""Find out what lies in a folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it, tensors unread."""
+"""Detect the kind of a model's folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it without reading tensors."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from lumina_fn.state import manifest, saved_state
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
 FORMAT = "lumina_fn/1"
-COMPANIONS = (  # what travels with a model's weights, by name; nothing else is copied
+COMPANIONS = (  # files that travel with a model's weights; no others are copied
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE",
@@ -25,18 +26,20 @@ COMPANIONS = (  # what travels with a model's weights, by name; nothing else is 
 
 
 class Source(NamedTuple):
+    """A checked model on the disk; no tensor has been read yet."""
+
     what: str
     cfg: ModelConfig | VQConfig
-    tensors: dict[str, Stored | Later]  # by tree path: exactly those of the tree, in its order
-    config: dict | None  # Hugging Face's, verbatim
+    tensors: Mapping[str, Stored | Later]  # by tree path, exactly those of the tree and in its order
+    config: dict | None  # Hugging Face's config.json, verbatim
     companions: dict[str, Path]
-    remarks: list[str]  # for the user: what was ignored
+    remarks: list[str]  # for the user: entries that were ignored
 
 
 def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source:
-    """What lies at `path`, checked whole; InputError that says all that is wrong with it.
+    """The model at `path`, fully checked. Raises InputError, which lists every problem.
 
-    `norm_from` is the model that a MindSpeed checkpoint's training began with, for what that lost (see mindspeed.py).
+    `norm_from` is the model that training began with, for a MindSpeed checkpoint that lacks a part of its last norm (mindspeed.py).
     """
     path = Path(path)
     if norm_from is not None and not mindspeed.is_there(path):
@@ -48,7 +51,7 @@ def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source
 
 
 def heritage(path: str | Path) -> tuple[dict | None, dict[str, Path]]:
-    """What a model made from this folder's takes over: the Hugging Face config, and the files that travel along."""
+    """What a model trained from this folder's keeps beside its weights: the Hugging Face config (None: none), and the companions' paths."""
     path = Path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is not None and "format" in config:
@@ -57,13 +60,14 @@ def heritage(path: str | Path) -> tuple[dict | None, dict[str, Path]]:
 
 
 def unmasked(config: dict | None, cfg: ModelConfig) -> dict | None:
-    """The Hugging Face config of a model that masks no ids, whatever the one that it was made from says."""
+    """The Hugging Face config, with mask_image_logits false if this model masks no ids."""
     if config is not None and not cfg.masked_ids and config.get("mask_image_logits", True):
-        return {**config, "mask_image_logits": False}  # absent would mean True
+        return {**config, "mask_image_logits": False}  # an absent field means True
     return config
 
 
 def companions(folder: Path) -> dict[str, Path]:
+    """The files of a folder that travel with its weights, by name. Raises InputError for a link that leads out of the folder."""
     return {name: untrusted_folder.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
 
 
@@ -103,7 +107,7 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
 
 
 def _open_run(path: Path) -> Source:
-    """The newest checkpoint's parameters, stored as the model that the run began with."""
+    """The newest checkpoint's parameters, in the dtype of the model that the run began with."""
     folder = path / manifest.CHECKPOINTS
     if not (steps := manifest.steps(folder)):
         raise InputError(f"{path} is a run's folder without a checkpoint: there is nothing to read yet")
@@ -122,15 +126,15 @@ def _open_run(path: Path) -> Source:
 def _open_native(path: Path, config: dict) -> Source:
     where = path / "config.json"
     kinds = {"lumina": ModelConfig, "movqgan": VQConfig}
-    form, kind, sizes = config["format"], config.get("kind"), config.get("model")
+    form, kind, given = config["format"], config.get("kind"), config.get("model")
     if form != FORMAT or not isinstance(kind, str) or kind not in kinds:
         raise InputError(
             f"{where} has format {form!r:.200} and kind {kind!r:.200}; this version reads {FORMAT!r}, lumina or movqgan"
         )
     expected = {f.name for f in fields(kinds[kind])} - {"ids"}
-    if not isinstance(sizes, dict) or sizes.keys() != expected:
+    if not isinstance(given, dict) or given.keys() != expected:
         raise InputError(f"{where}: `model` must hold exactly {', '.join(sorted(expected))}")
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    sizes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     wrong = hf_config.problems(sizes) if kind == "lumina" else vq_config.problems(sizes)
     ids = hf_config.read_ids(config.get("ids"), sizes["vocab"], wrong) if kind == "lumina" else None
     if (
@@ -147,7 +151,7 @@ def _open_native(path: Path, config: dict) -> Source:
     return Source(f"a native {kind} folder", cfg, tensors, source, companions(path), [])
 
 
-def _open_transformer(path: Path, found: dict[str, Stored | Later], config: dict | None, what: str) -> Source:
+def _open_transformer(path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str) -> Source:
     paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
     sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
     cfg, remarks = replace(LUMINA_7B, **sizes), []
@@ -172,14 +176,14 @@ def _ignored(keys: list[str]) -> list[str]:
 
 def _matched(
     where: Path,
-    found: dict[str, Stored | Later],
+    found: Mapping[str, Stored | Later],
     cfg: ModelConfig | VQConfig,
     table: names.Table | None,
     ignorable: tuple[str, ...],
 ) -> tuple[dict[str, Stored | Later], list[str]]:
-    """The tree's tensors by tree path and remarks on ignored ones; InputError that lists missing, unknown, misshapen ones.
+    """The tree's tensors by tree path, and remarks on ignored ones. Raises InputError, which lists missing, unknown and misshapen ones.
 
-    Their keys are tree paths where there is no table.
+    Without a table, keys are tree paths.
     """
     count = cfg.layers if isinstance(cfg, ModelConfig) else len(cfg.multipliers) * cfg.res_blocks
     if count > len(found):
@@ -189,7 +193,7 @@ def _matched(
     like = names.flatten(
         model.init(cfg, device="meta") if isinstance(cfg, ModelConfig) else vq.init(cfg, device="meta")
     )
-    keys = {path: path if table is None else names.to_source(path, table) for path in like}
+    keys = {path: path if table is None else names.key_of(path, table) for path in like}
     missing = [key for key in keys.values() if key not in found]
     extra = sorted(found.keys() - set(keys.values()))
     ignored = [key for key in extra if key.startswith(ignorable)]
@@ -206,7 +210,7 @@ def _matched(
 
 
 def _safetensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of the shards that the index names, or of every safetensors file where there is no index."""
+    """The tensors of the shards that the index names or, without an index, of every safetensors file."""
     if not (folder / INDEX).exists():
         shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
         where = None
@@ -231,7 +235,7 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
 def _with_ids(cfg: ModelConfig, folder: Path) -> ModelConfig:
     """The config with the special ids of the folder's tokenizer, unless it has its own.
 
-    A small model's tokenizer may lack the special tokens, then the model has no ids; the released model's must have them.
+    A small model's tokenizer may lack the special tokens; the model then has no ids. The released model's must have them.
     """
     if cfg.ids is not None or not all((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return cfg

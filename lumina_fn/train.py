@@ -33,16 +33,18 @@ __all__ = [
 
 
 class TrainState(NamedTuple):
+    """What a training step changes: parameters, AdamW's moments, counters."""
+
     step: Int[Tensor, ""]  # steps taken, skipped ones included
-    params: Params  # the masters, float32 or wider
+    params: Params  # master parameters, float32 or wider
     mu: Params
     nu: Params
     skipped: Int[Tensor, ""]  # steps whose loss or gradient was not finite
-    streak: Int[Tensor, ""]  # how many of those came last in a row
+    streak: Int[Tensor, ""]  # how many of the latest steps in a row were skipped
 
 
 def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainState:
-    """A state at step 0 over these parameters (not copied); with a mesh, over this rank's part of each unit of them."""
+    """The state at step 0 of these parameters, which are not copied; with a mesh, of this rank's part of each unit."""
     if mesh is not None:
         part = lambda unit: unit if isinstance(unit, Sharded) else sharding.shard(unit, mesh)
         params = over_units(part, params)
@@ -52,9 +54,9 @@ def init_state(params: Params, opt: AdamW, mesh: Mesh | None = None) -> TrainSta
 
 
 def is_finite(state: TrainState) -> bool:
-    """Whether every number of this rank's parameters and of the optimizer's state is one; waits for the device."""
+    """Whether all of this rank's parameters and optimizer state are finite; waits for the device."""
     leaves = pytree.tree_leaves((state.params, state.mu, state.nu))
-    ends = [end for leaf in leaves if leaf.numel() for end in torch.aminmax(leaf)]  # one pass; NaN is both ends
+    ends = [end for leaf in leaves if leaf.numel() for end in torch.aminmax(leaf)]  # one pass; with NaN both are NaN
     return bool(torch.isfinite(torch.stack(ends)).all())
 
 
@@ -69,20 +71,20 @@ def make_train_step(
     rank's share (A the same on every rank), and metrics are those of all ranks' batches together.
 
     compile  "off" eager, "blocks" one compiled pair for all blocks, "step" the whole step traced and compiled
-    remat    keep only each block's input for its backward; without "blocks" that is also done where units are gathered
-             again, since autograd would keep them
-    donate   the given state is written over
-    sync     reduce gradients over ranks after each micro batch; False: once a step, with a whole model's gradients held
+    remat    keep only each block's input for its backward; without "blocks" this is always so where units are gathered
+             again in the backward, since autograd would keep the gathered units
+    donate   overwrite the given state
+    sync     reduce gradients over ranks after each micro batch; False: once per step, which keeps a whole model's gradients
     noise    metrics "noise" and "signal" of the gradients, from micro batches on all ranks: see lumina_fn.gradient_noise
 
-    A step whose loss or gradient is not finite changes no parameter and is counted. Metrics stay on the device.
+    A step whose loss or gradient is not finite changes no parameter and is counted in `skipped`. Metrics stay on the device.
     """
     update = make_update(
         cfg, opt, mesh, z_weight=z_weight, dtype=dtype, compile=compile == "blocks", remat=remat, donate=donate, sync=sync,
         noise=noise,
     )  # fmt: skip
     run = jit(update, inductor) if compile == "step" else update
-    # The rate stays outside of the trace: it may be any Python function of the step.
+    # The learning rate stays outside the trace: it may be any Python function of the step.
     wide = lambda state: torch.promote_types(_leaf(state.params).dtype, torch.float32)
     return lambda state, batch: run(state, batch, optim.rate(opt, state.step, wide(state)))
 
@@ -91,7 +93,7 @@ def make_update(
     cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
     compile: bool = False, remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
 ) -> Callable[[TrainState, Batch | Packed, Tensor], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
-    """update(state, batch, lr) -> (state, metrics): make_train_step's step as a function of tensors alone, which can be exported."""
+    """update(state, batch, lr) -> (state, metrics): the step of make_train_step as a function of tensors alone, which can be exported."""
     seam = seams(mesh, dtype)
     keep_inputs = remat or (seam.regathers and not compile)
     pair = lambda packed: block_pair(cfg, compiled=compile, keep_inputs=keep_inputs, packed=packed)
@@ -99,8 +101,9 @@ def make_update(
     whole = lambda grads, unit: pytree.tree_map(lambda g: g.to(_leaf(unit).dtype), grads)
 
     def gradients(params: Params, micro: list[Batch | Packed], count: Tensor) -> tuple[Params, Tensor]:
-        """This rank's part of the gradients' sum over all micro batches of all ranks; [loss, ce, z] of its own, and what `noise` asks for."""
-        grads, terms = None, 0.0
+        """This rank's part of the gradients summed over all micro batches of all ranks; its own [loss, ce, z] and the terms for `noise`."""
+        grads: Params | None = None
+        terms: Tensor | float = 0.0
         for batch in micro:
             squares: list[Tensor] = []
 
@@ -113,13 +116,15 @@ def make_update(
                 cfg, seam, pair(isinstance(batch, Packed)), params, batch, count, z_weight=z_weight, scatter=scatter, before=grads
             )  # fmt: skip
             terms = terms + (torch.cat([more, piece(squares, predicted(batch.labels, cfg) / count)]) if noise else more)
+        assert grads is not None, "a batch has micro batches"
+        assert isinstance(terms, Tensor)
         return grads if sync else over_units(seam.scatter, grads, params), terms
 
     def update(state: TrainState, batch: Batch | Packed, lr: Tensor):
         micro = [type(batch)(*b) for b in zip(*batch, strict=True)] if batch.tokens.ndim == 3 else [batch]
         count = collectives.all_reduce(predicted(batch.labels, cfg), world).clamp(min=1)
         grads, terms = gradients(state.params, micro, count)
-        total, ce, z, *pieces = collectives.all_reduce(terms, world)
+        total, ce, z, *noisy = collectives.all_reduce(terms, world)
         norm = collectives.all_reduce(optim.global_norm(grads).square(), shards).sqrt()
         lr = lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
@@ -131,7 +136,8 @@ def make_update(
         metrics = {"loss": total, "ce": ce, "z": z, "grad_norm": norm, "lr": lr, "tokens": count}
         metrics |= {"skipped": skipped, "streak": streak}
         if noise:
-            metrics["noise"], metrics["signal"] = noise_and_signal(*pieces, norm.square())
+            squares, pieces = noisy
+            metrics["noise"], metrics["signal"] = noise_and_signal(squares, pieces, norm.square())
         return TrainState(state.step + 1, params, mu, nu, skipped, streak), metrics
 
     return update

@@ -1,10 +1,10 @@
-"""The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that is walked by hand.
+"""The function transforms that torch.func lacks: remat, jit, and a (forward, backward) pair that its caller applies.
 
-The compiler is imported where something is compiled: that takes two seconds, for which no other command waits.
+The compiler is imported at first use: its import takes two seconds, which other commands do not need to spend.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import optree
 import torch
@@ -38,13 +38,13 @@ class _Remat(torch.autograd.Function):
             given = dict(zip(floats, xs, strict=True))
             return ctx.fn(*pytree.tree_unflatten([given.get(i, x) for i, x in enumerate(leaves)], ctx.spec))
 
-        _, pull = vjp(of_floats, *(leaves[i] for i in floats))
+        pull = vjp(of_floats, *(leaves[i] for i in floats))[1]
         grads = dict(zip(floats, pull(dy), strict=True))
         return (None, None, *(grads.get(i) for i in range(len(leaves))))
 
 
 def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """fn, keeping only its arguments for the backward. fn may close over no tensor that needs a gradient.
+    """fn with only its arguments kept for the backward, which computes fn again. fn may close over no tensor that needs a gradient.
 
     torch.utils.checkpoint does not compose with torch.func.
     """
@@ -56,11 +56,13 @@ def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]  # a flat graph and example inputs -> what runs it
+Backend = Callable[
+    [GraphModule, list[Tensor]], Callable[..., Any]
+]  # (flat graph, example inputs) -> a function that runs it
 
 
 def inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    """The graph as machine code. It is flat already: Dynamo would only guard hundreds of parameters again."""
+    """The graph compiled by Inductor, without Dynamo, which would add guards for hundreds of parameters."""
     from lumina_fn.disk import compile_cache
 
     with torch.no_grad():
@@ -68,26 +70,27 @@ def inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
 
 
 def keep_graph(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    """The graph itself, run node by node: what is exported."""
+    """The graph itself, run node by node, as for export."""
     return graph
 
 
 def jit(
     fn: Callable[..., Any], backend: Backend = keep_graph, decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> Callable[..., Any]:  # fmt: skip
-    """fn, traced once per argument shapes to a flat graph that `backend` runs; `decompositions`: what ops are taken apart into.
+    """fn, traced once per argument shapes to a flat graph that `backend` runs; `decompositions` replace ops in the trace.
 
-    The trace comes first because torch.compile over torch.func.grad drops custom backwards without a word.
+    The trace comes first because torch.compile over torch.func.grad ignores custom backwards without an error.
     """
-    graphs: dict[Any, Callable[..., Any]] = {}
+    graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}  # a runner, and the tree structure of its result
 
     def wrapped(*args):
-        leaves, spec = optree.tree_flatten(args, namespace="lumina")
+        tree: Any = args  # optree's annotation names a class, but it takes any tree
+        leaves, spec = optree.tree_flatten(tree, namespace="lumina")
         key = (spec, tuple((x.shape, x.dtype, x.device) for x in leaves))
         if key not in graphs:
             # Fresh examples: a tensor that occurs twice among the arguments would be traced as one input.
             examples = [torch.empty_like(x) for x in leaves]
-            out_spec = None
+            out_spec: Any = None
 
             def flat(*xs):
                 nonlocal out_spec
@@ -103,11 +106,11 @@ def jit(
 
 
 class Pair(NamedTuple):
-    """A function of (x, *others) and its backward, called by hand: the caller decides what lives in between.
+    """A function of (x, *others) and its backward, applied by the caller, which decides what stays in memory in between.
 
     forward(x, *others) -> (y, residuals); backward(residuals, x, *others, dy) -> gradients of the arguments that are not
-    fixed, in order. The residuals are what the backward needs beyond the arguments, which it is given again: the others
-    may have been dropped and made anew in between.
+    fixed, in order. The residuals are what the backward needs besides the arguments, which are passed again: the others may
+    have been freed and recomputed in between.
     """
 
     forward: Callable[..., tuple[Tensor, Any]]
@@ -115,7 +118,7 @@ class Pair(NamedTuple):
 
 
 def eager_pair(fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_inputs: bool = False) -> Pair:
-    """fn's pair as torch.func computes it, for a trace to see through. Residuals hold the arguments too, unless keep_inputs."""
+    """fn's pair by torch.func, which can be traced. Its residuals hold the arguments too; with keep_inputs they are empty."""
     free = lambda args: [i for i in range(len(args)) if i not in fixed]
 
     def of_free(*args):
@@ -125,7 +128,7 @@ def eager_pair(fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_i
                 whole[i] = x
             return fn(*whole)
 
-        return vjp(call, *(args[i] for i in free(args)))
+        return vjp(call, *(args[i] for i in free(args)))[:2]  # without has_aux there is no third
 
     if keep_inputs:
         return Pair(lambda *args: (fn(*args), ()), lambda _, *args: of_free(*args[:-1])[1](args[-1]))
@@ -135,7 +138,7 @@ def eager_pair(fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_i
 def compiled_pair(
     fn: Callable[..., Tensor], *, fixed: tuple[int, ...] = (), keep_inputs: bool = False, backend: Backend = inductor
 ) -> Pair:
-    """fn's pair, compiled once per argument shapes. keep_inputs=True leaves no residuals and computes all again (remat)."""
+    """fn's pair, compiled once per argument shapes. With keep_inputs=True there are no residuals: the backward computes fn again."""
     pairs: dict[Any, Pair] = {}
 
     def pair(args) -> Pair:
@@ -159,7 +162,7 @@ def compiled_pair(
 
 
 def _recomputing(fn, examples, fixed, backend) -> Pair:
-    """fn alone, and its vjp from the arguments."""
+    """The pair of fn and its vjp from the arguments alone, without residuals."""
     backward = eager_pair(fn, fixed=fixed, keep_inputs=True).backward
     dy = torch.empty_like(fn(*(x.to("meta") for x in examples)), device=examples[0].device)
     trace = lambda f: make_fx(f, decomposition_table=ops.REFERENCES, tracing_mode="fake")
@@ -169,14 +172,15 @@ def _recomputing(fn, examples, fixed, backend) -> Pair:
 
 
 def _saving(fn, examples, fixed, backend) -> Pair:
-    """The joint graph of fn and its vjp, cut where the fewest bytes are kept."""
+    """The pair that keeps the fewest bytes: the joint graph of fn and its vjp, cut at a minimum."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    flat = [x.requires_grad_(i not in fixed) for i, x in enumerate(examples)]
+    flat = tuple(x.requires_grad_(i not in fixed) for i, x in enumerate(examples))
     decompositions = {**select_decomp_table(), **ops.REFERENCES}
     joint = aot_export_joint_simple(lambda *xs: (fn(*xs),), flat, trace_joint=True, decompositions=decompositions)
+    assert isinstance(joint, GraphModule)
     graphs = _take_arguments_again(*min_cut_rematerialization_partition(joint, flat, num_fwd_outputs=1))
     run, pull = (backend(graph, inputs_of(graph)) for graph in graphs)
 
@@ -193,12 +197,12 @@ def _saving(fn, examples, fixed, backend) -> Pair:
 def _take_arguments_again(run: GraphModule, pull: GraphModule) -> tuple[GraphModule, GraphModule]:
     """Graphs (args) -> (y, residuals) and (args, residuals, dy) -> gradients, where no residual comes from parameters alone.
 
-    What the partition saves of them (views, casts) would keep a whole unit alive; the backward derives it anew.
+    Views and casts of parameters, which the partition saves, would keep a whole unit alive; the backward computes them again.
     """
     args = [node for node in run.graph.nodes if node.op == "placeholder"]
-    y, *saved = run.graph.output_node().args[0]
+    y, *saved = cast("tuple[Node, ...]", run.graph.output_node().args[0])  # fx allows any value there
     *_, dy = (node for node in pull.graph.nodes if node.op == "placeholder")
-    streams = {args[0]}  # what depends on x
+    streams = {args[0]}  # nodes that depend on x
     for node in run.graph.nodes:
         if streams & set(node.all_input_nodes):
             streams.add(node)
@@ -231,5 +235,5 @@ def _placeholder(graph: Graph, node: Node) -> Node:
 
 
 def inputs_of(graph: GraphModule) -> list[Tensor]:
-    """Fake tensors for the graph's placeholders, as its trace left them."""
+    """The fake tensors of the graph's placeholders, recorded by its trace."""
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]

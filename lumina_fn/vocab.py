@@ -1,10 +1,12 @@
-"""The one home of token ids: which id means what, for the released model and for small ones."""
+"""The token ids of the released model and of small models, and the layout of an image in tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, overload
 
-N = TypeVar("N")
+if TYPE_CHECKING:
+    import numpy as np
+
 IGNORE = -100  # label of a position that is not predicted
 PAD = 0  # id of a padded position; causality keeps it out of every prediction
 
@@ -30,7 +32,7 @@ class Ids:
     codes: int
 
 
-# Fixed in the reference code. sep and size0 live only in the released tokenizer; they are read from tokenizer.json.
+# Fixed in the reference code. sep and size0 are defined only by the released tokenizer, and read from tokenizer.json.
 LUMINA_VOCAB = 171_385
 LUMINA_START, LUMINA_END, LUMINA_NEWLINE, LUMINA_CODE0, LUMINA_CODES = 151_665, 151_666, 151_670, 155_000, 16_384
 
@@ -48,8 +50,12 @@ def image_tokens(codes: Sequence[Sequence[int]], ids: Ids) -> list[int]:
     return [*tokens, ids.end]
 
 
-def image_length(height: N, width: N) -> N:
-    """Tokens of an image of height x width codes, `start` and `end` included; of many, where these are arrays."""
+@overload
+def image_length(height: int, width: int) -> int: ...
+@overload
+def image_length(height: "np.ndarray", width: "np.ndarray") -> "np.ndarray": ...
+def image_length(height: Any, width: Any) -> Any:
+    """The number of tokens of an image of height x width codes, with `start` and `end`; elementwise for arrays."""
     return 3 + height * (width + 1) + 1
 
 

@@ -1,4 +1,4 @@
-"""What a model may call: kernels made differentiable, batchable by vmap, and traceable. Devices are chosen here, by PyTorch's dispatcher."""
+"""The ops that a model calls: kernels made differentiable, batchable by vmap, and traceable. PyTorch's dispatcher chooses by device."""
 
 from kernels import ascend, reference
 from ops.adamw import adamw, adamw_op
@@ -27,7 +27,7 @@ __all__ = [
     "linear_cross_entropy_pass", "packed_attention", "qk_norm_rotary", "rms_norm", "swiglu", "write_cache",
 ]  # fmt: skip
 
-# Decompositions for a compiler that fuses better than an opaque call: Inductor.
+# Decompositions for Inductor, which fuses them better than it calls opaque ops.
 REFERENCES = {
     rms_norm_fwd: reference.rms_norm_fwd,
     rms_norm_bwd: reference.rms_norm_bwd,
@@ -41,7 +41,7 @@ REFERENCES = {
     attention_bwd: reference.attention_bwd,
 }
 
-# Decompositions for Ascend's graph engine, which knows torch_npu's ops and not ours.
+# Decompositions for Ascend's graph engine, which has converters for torch_npu's ops and none for ours.
 ASCEND = {
     rms_norm_fwd: ascend.rms_norm_fwd,
     rms_norm_bwd: ascend.rms_norm_bwd,

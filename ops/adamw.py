@@ -1,3 +1,5 @@
+"""AdamW as an op, in place or not."""
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def _copies(params, grads, mu, nu, *rest):
 
 
 def _batched(info, in_dims, *args):
-    """Leaves of items in front; scalars of one item each go through the formula, leaf by leaf."""
+    """vmap rule: one call over leaves with a new first axis; where scalars are batched too, elementwise ops leaf by leaf."""
     lists, scalars, hyper = args[:4], args[4:8], args[8:]
     lists = [in_front(info, dims, *xs) for xs, dims in zip(lists, in_dims[:4], strict=True)]
     if in_dims[4:8] == (None,) * 4:
@@ -50,10 +52,10 @@ def adamw(
     params: Leaves, grads: Leaves, mu: Leaves, nu: Leaves, count: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
     *, b1: float, b2: float, eps: float, decay: float, donate: bool,
 ) -> tuple[Leaves, Leaves, Leaves]:  # fmt: skip
-    """AdamW's `count`-th update of every leaf with gradients scale * grads; new params, mu and nu.
+    """New params, mu and nu after AdamW's `count`-th update with gradients scale * grads.
 
-    Decay is decoupled and reaches every leaf. Where `skip` is 1.0 nothing changes. With donate=True all four
-    trees are written over: params, mu and nu with the new ones, grads with anything.
+    Decay is decoupled and applies to every leaf. If `skip` is 1.0 nothing changes. With donate=True all four lists are
+    overwritten: params, mu and nu with their new values, grads with undefined values.
     """
     args = (params, grads, mu, nu, count, lr, scale, skip, b1, b2, eps, decay)
     if donate:

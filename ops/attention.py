@@ -1,3 +1,5 @@
+"""Attention as ops: causal, within packed documents, and over a cache."""
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -53,7 +55,7 @@ cached_attention_op = define(
 
 
 class _Attention(torch.autograd.Function):
-    """Causal over rows, or with `first` over each document of them."""
+    """Causal attention over whole rows, or with `first` over each document."""
 
     generate_vmap_rule = True
 
@@ -84,7 +86,7 @@ def attention(
 def packed_attention(
     q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"], first: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T H K"]:
-    """Causal attention within each document of a row; first holds, for each position, the one where its document starts."""
+    """Causal attention within each document of a row; first holds, for each position, the position where its document starts."""
     return apply(_Attention, q, k, v, first)[0]
 
 
@@ -94,5 +96,5 @@ def cached_attention(
     values: Float[Tensor, "B S G K"],
     seen: Bool[Tensor, "B T S"],
 ) -> Float[Tensor, "B T H K"]:
-    """Attention of new tokens over the slots of a cache that each of them sees, at least one. Not differentiable."""
+    """Attention of new tokens over the cache slots that `seen` allows, at least one for each token. Not differentiable."""
     return cached_attention_op(q, keys, values, seen)

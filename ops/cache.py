@@ -1,3 +1,5 @@
+"""Writes to a cache of keys or values, as an op, in place or not."""
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def _batched_in_place(info, in_dims, cache, positions, new):
     rows, positions, new = in_front(info, in_dims, cache, positions, new)
     flat = rows.flatten(0, 1)
     write_cache_inplace_op(flat, positions.flatten(0, 1), new.flatten(0, 1))
-    if rows.stride(0) != rows.shape[1] * rows.stride(1):  # no view of the cache, but a copy
+    if rows.stride(0) != rows.shape[1] * rows.stride(1):  # `flat` is a copy, not a view of the cache
         rows.copy_(flat.view(rows.shape))
     return None, None
 
@@ -41,7 +43,7 @@ write_cache_inplace_op = define(
 def write_cache(
     cache: Float[Tensor, "B S G K"], positions: Int[Tensor, "B T"], new: Float[Tensor, "B T G K"], *, donate: bool
 ) -> Float[Tensor, "B S G K"]:
-    """The cache with new keys (or values) in each row's slots `positions`; with donate=True the given one is written over."""
+    """The cache with new keys (or values) in each row's slots `positions`; with donate=True the given cache is overwritten."""
     if donate:
         write_cache_inplace_op(cache, positions, new)
         return cache

@@ -1,15 +1,17 @@
-"""What processes say to each other, as ops: traceable, and opaque to torch.func (torch's own functional collectives are not)."""
+"""Collectives as ops: traceable, and opaque to torch.func, unlike torch's own functional collectives."""
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 
 from ops.define import define
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return _resolve_process_group(GroupName(name))
 
 
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
@@ -25,7 +27,7 @@ def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
 
 
 def _cpu_all_gather(x: Tensor, group: str, size: int) -> Tensor:
-    """Every part goes straight to its place: gloo's own passes a second copy of the whole."""
+    """all_gather by point-to-point messages, each received in its final place: gloo's own all_gather holds a second copy of the whole."""
     comm, x = _group(group), x.contiguous()
     rank, out = comm.rank(), x.new_empty(size, x.numel())
     for to, source in _pairs(rank, size):
@@ -35,7 +37,7 @@ def _cpu_all_gather(x: Tensor, group: str, size: int) -> Tensor:
 
 
 def _cpu_reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
-    """Every rank receives what it adds up and no more: gloo's own is an all_reduce of a copy of the whole."""
+    """reduce_scatter by point-to-point messages of one part each: gloo's own is an all_reduce of a copy of the whole."""
     comm, parts = _group(group), x.contiguous().view(size, -1)
     rank = comm.rank()
     total, other = parts[rank].clone(), torch.empty_like(parts[rank])
@@ -46,13 +48,14 @@ def _cpu_reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
 
 
 def _pairs(rank: int, size: int) -> list[tuple[int, int]]:
-    """Whom a rank sends to and receives from, round after round."""
+    """For each round, the rank to send to and the rank to receive from."""
     return [((rank + shift) % size, (rank - shift) % size) for shift in range(1, size)]
 
 
 def _exchange(comm: dist.ProcessGroup, send: Tensor, to: int, receive: Tensor, source: int) -> None:
     works = dist.isend(send, group=comm, group_dst=to), dist.irecv(receive, group=comm, group_src=source)
     for work in works:
+        assert work is not None, "this rank is in the group"
         work.wait()
 
 
@@ -62,7 +65,7 @@ def _all_reduce(x: Tensor, group: str, size: int) -> Tensor:
     return out
 
 
-# vmap: every rank has the same number of items, and each item is what it would be alone.
+# vmap rules: every rank has the same number of items, and each item gets the result of a call of its own.
 def _batched_all_gather(info, in_dims, x, group, size):
     x = x.movedim(in_dims[0], 0)
     whole = all_gather_op(x.flatten(), group, size)
@@ -96,7 +99,7 @@ all_reduce_op = define(
     default=_all_reduce,
 )
 
-Group = tuple[str, int]  # a process group's name and size; one of size 1 says nothing
+Group = tuple[str, int]  # a process group's name and size; a group of size 1 communicates nothing
 
 
 def all_gather(x: Float[Tensor, " n"], group: Group) -> Float[Tensor, " m"]:

@@ -1,3 +1,5 @@
+"""The 3 x 3 convolution as an op, by Winograd's algorithm where that is faster."""
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +14,7 @@ LARGE = 1 << 28  # products of a picture's pixels, inputs and outputs, below whi
 
 
 def _batched(info, in_dims, x, weight, bias):
-    """Pictures under one filter are more pictures; under many they are taken one after the other."""
+    """vmap rule: pictures that share a filter become one larger batch; with a filter each they are computed one by one."""
     if in_dims[1] is None and in_dims[2] is None:
         y = winograd_op(x.movedim(in_dims[0], 0).flatten(0, 1), weight, bias)
         return y.unflatten(0, (info.batch_size, -1)), 0
@@ -50,7 +52,7 @@ class _Winograd(torch.autograd.Function):
 def conv3x3(
     x: Float[Tensor, "B C H W"], weight: Float[Tensor, "O C 3 3"], bias: Float[Tensor, " O"]
 ) -> Float[Tensor, "B O H W"]:
-    """The convolution with stride 1 and zeros around. Many channels on a CPU, and sides that are even: 1.4 to 2 times as fast (LOG.md)."""
+    """The convolution with stride 1 and zeros around. On a CPU, with many channels and even sides, 1.4 to 2 times as fast (LOG.md)."""
     if x.device.type != "cpu":
         return F.conv2d(x, weight, bias, padding=1)
     (*_, H, W), (O, C, *_) = x.shape, weight.shape

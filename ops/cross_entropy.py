@@ -1,3 +1,5 @@
+"""The vocabulary's cross-entropy as an op that never holds all logits."""
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,7 +15,7 @@ def _fake(x, weight, target, count, z_weight, masked):
 
 def _batched(info, in_dims, *args):
     x, weight, target, count, z_weight, masked = in_front(info, in_dims, *args)
-    if in_dims[1] is None:  # one weight for all: the products with it stay matrix products of all items' rows
+    if in_dims[1] is None:  # one weight for all items: products stay matrix products over all items' rows
         weight = args[1]
     return reference.linear_cross_entropy_pass(x, weight, target, count, z_weight, masked), (0,) * 4
 

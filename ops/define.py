@@ -1,7 +1,7 @@
 """Give a kernel a name that PyTorch can dispatch by device, fake, batch and trace.
 
 `torch.library.custom_op` is not used: it installs an autograd kernel, which `torch.func.grad` rejects. An op defined
-here knows no derivative; the `autograd.Function` next to it pairs a forward op with a backward op.
+here has no derivative; the `autograd.Function` next to it pairs a forward op with a backward op.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +23,19 @@ def define(
     torch.library.define(f"lumina::{name}", signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lumina::{name}")(fake)
     for device, implementation in devices.items():
-        torch.library.impl(f"lumina::{name}", device)(implementation)
+        torch.library.impl(f"lumina::{name}", device, implementation)
     if batched is not None:
-        torch.library.register_vmap(f"lumina::{name}")(batched)
+        torch.library.register_vmap(f"lumina::{name}", batched)
     return getattr(torch.ops.lumina, name).default
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args); where no gradient can be asked for its forward alone, which spares a small op 20 to 50 us."""
+    """function.apply(*args); where gradients are disabled its forward alone, which saves 20 to 50 us per call."""
     return (function.apply if torch.is_grad_enabled() else function.forward)(*args)
 
 
 def in_front(info: Any, in_dims: Sequence[Any], *args: Any) -> list[Any]:
-    """The arguments of a vmap rule with the new axis first in every tensor; one that lacks it is expanded."""
+    """The arguments of a vmap rule with the batched axis first in every tensor; a tensor without that axis is expanded."""
     n = info.batch_size
     place = lambda x, d: x.movedim(d, 0) if d is not None else x.expand(n, *x.shape)
     return [place(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)]
@@ -47,7 +47,7 @@ def against(p: Tensor, x: Tensor) -> Tensor:
 
 
 def folded(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule of an op that treats the rows of every tensor's first axis alike: fold the new axis into it."""
+    """The vmap rule of an op that treats all rows of the first axis alike: it folds the batched axis into that axis."""
 
     def rule(info, in_dims, *args):
         flat = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in in_front(info, in_dims, *args))

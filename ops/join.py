@@ -1,3 +1,5 @@
+"""Tensors end to end in one vector, as an op."""
+
 import torch
 from torch import Tensor
 
@@ -12,5 +14,5 @@ join_op = define(
 
 
 def join(leaves: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
-    """The leaves end to end in one vector of `size` values of `dtype`, zeros behind them. Not differentiable."""
+    """The leaves end to end in one vector of `size` values of `dtype`, padded with zeros. Not differentiable."""
     return join_op(leaves, size, dtype)

@@ -1,3 +1,5 @@
+"""Per-head layer norm and rotary embedding as an op."""
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +19,7 @@ def _fake_bwd(dy, x, gain, angles, mean, rstd):
 
 def _batched_fwd(info, in_dims, x, gain, bias, angles, eps):
     first, *others, _ = in_front(info, in_dims, x, gain, bias, angles, eps)
-    if in_dims[1:] == (None,) * 4 and angles.ndim == 3:  # one more axis of rows
+    if in_dims[1:] == (None,) * 4 and angles.ndim == 3:  # only x is batched: fold the new axis into the rows
         out = qk_norm_rotary_fwd(first.flatten(0, 1), gain, bias, angles, eps)
         return tuple(y.unflatten(0, first.shape[:2]) for y in out), (0, 0, 0)
     gain, bias, angles = (against(p, first) for p in others)
@@ -72,8 +74,8 @@ def qk_norm_rotary(
     angles: Float[Tensor, "*rows T 2 half"],
     eps: float,
 ) -> Float[Tensor, "B T H K"]:
-    """Layer norm over each head's K, times gain plus bias, then channel j turned against channel j + K/2.
+    """Layer norm over each head's K, times gain plus bias, then channels j and j + K/2 rotated as a pair.
 
-    angles holds cosines and sines, one set for all rows or one for each; no gradient reaches them.
+    angles holds cosines and sines, one set for all rows or one per row; they get no gradient.
     """
     return apply(_QKNormRotary, x, gain, bias, angles, eps)[0]

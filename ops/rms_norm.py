@@ -1,3 +1,5 @@
+"""RMS norm, and residual add with RMS norm, as ops."""
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +16,7 @@ def _fake_add_fwd(x, residual, gain, eps):
     return (torch.empty_like(x), *_fake_fwd(x, gain, eps))
 
 
-# Where only x is batched a kernel takes one more leading axis. Gains or their gradients of one item each: the formula, broadcast.
+# vmap rules: where only x is batched the kernel takes one more leading axis; with a gain per item the reference broadcasts.
 def _batched_fwd(info, in_dims, x, gain, eps):
     if in_dims[1] is None:
         return rms_norm_fwd(x.movedim(in_dims[0], 0), gain, eps), (0, 0)

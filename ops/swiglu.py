@@ -1,3 +1,5 @@
+"""SwiGLU as an op."""
+
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -20,6 +20,7 @@ MAINS = {
     Path("lumina_fn/process/flags.py"),
     Path("lumina_fn/process/startup.py"),
     Path("kernels/bench.py"),
+    Path("kernels/benchmark.py"),
     Path("kernels/vendored/generate.py"),
 }
 TALK = {"print", "input", "sys.argv", "os.environ", "os.getenv", "sys.stdout", "argparse"}

@@ -159,7 +159,7 @@ def _dtype(field: str, value: Any, lines: list[Line]) -> str:
 
 
 def _sharding(fields: dict[str, Any], lines: list[Line]) -> list[str]:
-    fsdp = {key.split(".")[-1]: value for key, value in field_rules.items() if key.startswith("patch.use_fsdp1.")}
+    fsdp = {key.split(".")[-1]: value for key, value in fields.items() if key.startswith("patch.use_fsdp1.")}
     if not fsdp:
         return ["--strategy", "no"]
     get = lambda name, default: fsdp.get(name, default)  # theirs

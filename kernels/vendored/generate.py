@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 import yaml
@@ -78,14 +79,16 @@ def _registrations(tree: ast.AST) -> Iterator[tuple[str, str]]:
             yield _op(node.func.args[0]), node.args[0].id
 
 
-def _registers(node: ast.AST) -> bool:
+def _registers(node: ast.AST) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and ast.unparse(node.func).endswith(REGISTER)
 
 
 def _op(node: ast.AST) -> str:
     """aten.add.Tensor of torch.ops.aten.add.Tensor, or of getattr(torch.ops.aten.add, "Tensor", None)."""
     if isinstance(node, ast.Call):
-        node = ast.Attribute(node.args[0], node.args[1].value)
+        owner, name = node.args[:2]
+        assert isinstance(name, ast.Constant), ast.unparse(node)
+        node = ast.Attribute(owner, str(name.value))
     return ast.unparse(node).removeprefix("torch.ops.")
 
 
@@ -95,6 +98,7 @@ def _only_raises(body: list[ast.stmt]) -> bool:
 
 
 def version(wheel: Path) -> str:
+    """The version of an unpacked torch_npu wheel."""
     (folder,) = wheel.glob("torch_npu-*.dist-info")
     return folder.name.removeprefix("torch_npu-").removesuffix(".dist-info")
 
@@ -107,6 +111,7 @@ def files(wheel: Path) -> dict[str, str]:
 
 
 def main(wheel: str) -> None:
+    """Write the list of ops and the list of converters of an unpacked wheel beside this file."""
     for name, text in files(Path(wheel)).items():
         (HERE / name).write_text(text)
 

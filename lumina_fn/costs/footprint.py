@@ -1,7 +1,7 @@
-"""What a training step holds in a device's memory, and when: seen by walking it on tensors without storage.
+"""The memory of a device over the course of a training step, measured by running the step on tensors without storage.
 
-The walk is the real one, so that what it keeps and drops is what is counted here. Kernels are the reference's; collectives are
-taken to need nothing but what they are given and return, unless `Setup.cpu`.
+The code that runs is that of the real step, so what it keeps and frees is counted. Kernels are the reference's; collectives are
+assumed to need no memory besides their arguments and results, unless `Setup.cpu`.
 """
 
 from collections import Counter, deque
@@ -27,28 +27,28 @@ from lumina_fn.loss import Batch
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
 from ops import collectives
 
-# What bytes are for.
+# Labels of bytes: what they are used for.
 PARAMETERS = "parameters"
-MOMENTS = "moments"  # AdamW's
+MOMENTS = "moments"  # AdamW's moments
 GRADIENTS = "gradients"
-KEPT = "activations"  # from a forward to its backward
-GATHERED = "gathered"  # units, or cast ones
-BLOCK = "block"  # what a block's forward or backward needs on the way
-WHOLE = "unit_gradients"  # a whole unit's, before they are summed over devices
-FLAT = "flat_gradients"  # their copies that are
+KEPT = "activations"  # kept from a forward for its backward
+GATHERED = "gathered"  # gathered or cast units
+BLOCK = "block"  # temporaries of a block's forward or backward
+WHOLE = "unit_gradients"  # gradients of a whole unit, before they are summed over devices
+FLAT = "flat_gradients"  # flat copies of those, for the sum
 LOSS = "loss"  # chunks of logits, and gradients of the head
-FREED = "freed"  # what malloc does not give back
+FREED = "freed"  # freed memory that malloc does not return
 LABELS = (PARAMETERS, MOMENTS, GRADIENTS, KEPT, GATHERED, BLOCK, WHOLE, FLAT, LOSS, FREED)
 
-# glibc keeps the holes that short-lived tensors below 32 MB leave between others, on a CPU. How much is luck, and differs even
-# between ranks: this many times the most that BLOCK and FLAT take fitted 24 measured steps to within 14 %, 6 % in the mean.
+# On a CPU glibc keeps the holes that short-lived tensors below 32 MB leave between others. The amount varies, even between ranks:
+# this factor times the maximum of BLOCK and FLAT fitted 24 measured steps to within 14 %, 6 % in the mean.
 HOLES = 1.3
 
 
 def memory(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
-    """Bytes by label at the fullest point of each moment of a step, in order; blocks between the first and the last are left out.
+    """Bytes by label at the peak of each moment of a step, in order; blocks between the first and the last are left out.
 
-    Every moment grows with the layers by as much from each to the next, so that three tell of any number.
+    Memory at each moment is linear in the number of layers, so that three layers determine any number.
     """
     if cfg.layers <= 3:
         moments = _trace(cfg, setup)
@@ -63,12 +63,12 @@ def memory(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
 
 
 def peak(cfg: ModelConfig, setup: Setup) -> int:
-    """Bytes at the fullest point of a step."""
+    """Bytes at the peak of a step."""
     return max(by_label.total() for by_label in memory(cfg, setup).values())
 
 
 def kept(cfg: ModelConfig, setup: Setup) -> int:
-    """Bytes that a block adds to what is kept for the backward: its output, and what its backward needs beyond its arguments."""
+    """Bytes that a block keeps for the backward: its output, and its residuals, which the backward needs besides the arguments."""
     pair, _ = _block(replace(cfg, layers=1), setup)
     watch, arguments = _watch(setup), _arguments(cfg, setup)
     watch.hold(arguments, KEPT)
@@ -81,7 +81,7 @@ def kept(cfg: ModelConfig, setup: Setup) -> int:
 
 
 def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
-    """`memory`, seen in a step of all layers: the last of its micro batches, and the update."""
+    """`memory`, measured in a step of all layers: its last micro batch and the update."""
     watch, mesh = _watch(setup), setup.mesh
     whole = model.init(cfg, device="meta", dtype=setup.masters)
     state = train.init_state(whole, optim.AdamW(), mesh)
@@ -122,14 +122,14 @@ def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
 
 
 def _watch(setup: Setup) -> Live:
-    scratch = {ops.linear_cross_entropy_pass: _loss_scratch}
+    scratch: dict[Any, Callable[..., int]] = {ops.linear_cross_entropy_pass: _loss_scratch}
     if setup.cpu:
         scratch[collectives.reduce_scatter_op] = lambda x, _, size: x.numel() * x.element_size() // size
     return Live(ops.REFERENCES, scratch, LOSS)
 
 
 def _loss_scratch(x: Tensor, weight: Tensor, target: Tensor, *others: Any) -> int:
-    """What the pass over chunks of rows needs beyond what it returns: that of two, each of which overlaps the next."""
+    """Bytes that the vocabulary loss needs besides its results, found on two chunks, since each overlaps the next."""
     some = 2 * reference.CHUNK
     watch = Live({}, {}, LOSS)
     watch.hold((x, weight, target), LOSS)
@@ -147,7 +147,7 @@ def _block_names(cfg: ModelConfig) -> list[str]:
 
 
 def _arguments(cfg: ModelConfig, setup: Setup) -> tuple[Tensor, ...]:
-    """A block's x, angles and leaves."""
+    """The arguments of a block: x, angles and leaves."""
     one = model.init(replace(cfg, layers=1), device="meta", dtype=setup.dtype).blocks[0]
     x = torch.empty(setup.micro_batch, setup.tokens, cfg.width, dtype=setup.dtype, device="meta")
     return x, model.rope(torch.arange(setup.tokens, device="meta"), cfg), *pytree.tree_leaves(one)
@@ -157,11 +157,11 @@ def _block(cfg: ModelConfig, setup: Setup) -> tuple[Pair, tuple[int, int]]:
     return _pair(cfg, setup.micro_batch, setup.tokens, setup.dtype, setup.compiled, setup.keeps_inputs)
 
 
-@lru_cache(maxsize=64)  # plans of several device counts share what is traced
+@lru_cache(maxsize=64)  # plans of several device counts share the traces
 def _pair(
     cfg: ModelConfig, micro_batch: int, tokens: int, dtype: torch.dtype, compiled: bool, keep_inputs: bool
 ) -> tuple[Pair, tuple[int, int]]:
-    """A block's pair, and what its forward and its backward need on the way unseen: compiled, they are outlines."""
+    """A block's pair, and the bytes of temporaries in its forward and backward; compiled ones are outlines that compute nothing."""
     arguments = _arguments(cfg, Setup(tokens=tokens, micro_batch=micro_batch, dtype=dtype))
     spec = pytree.tree_structure(model.init(cfg, device="meta").blocks[0])
     layer = lambda x, angles, *leaves: model.block(pytree.tree_unflatten(leaves, spec), x, angles, cfg)[0]
@@ -180,7 +180,7 @@ def _pair(
 
 
 def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], blocks: list[str]) -> Pair:
-    """The pair, called for these blocks in order and back."""
+    """The pair with memory counted; it is called for these blocks in order, then in reverse."""
     ways, names = iter(blocks), reversed(blocks)
 
     def run(function: Callable, need: int, *args):
@@ -202,7 +202,7 @@ def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], blocks: list[
 
 
 def _watched_gather(watch: Live, gather: Callable, moments: list[str], prefetch: bool) -> Callable:
-    """gather(units) -> an iterator of whole ones, each of which begins a moment; with prefetch as `sharding.ahead` with streams."""
+    """gather(units) -> an iterator of whole units, each of which begins a moment; with prefetch as in `sharding.ahead` with streams."""
 
     def gathered(units: Iterable) -> Iterator:
         wholes = gather(units)
@@ -217,7 +217,7 @@ def _watched_gather(watch: Live, gather: Callable, moments: list[str], prefetch:
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """The items, each once the next one is there too."""
+    """The items, each delivered after the next one has been made."""
     queue = deque(islice(items, 1))
     while queue:
         queue.extend(islice(items, 1))
@@ -225,12 +225,12 @@ def _ahead(items: Iterator) -> Iterator:
 
 
 def _watched_scatter(watch: Live, scatter: Callable, names: list[str], moment: str) -> Callable:
-    """scatter(gradients of a whole unit, unit) -> unit, called for these units in order."""
-    names = iter(names)
+    """scatter(gradients of a whole unit, unit) -> unit with memory counted; it is called for these units in order."""
+    order = iter(names)
 
     def scattered(grads, unit):
         watch.hold(grads, WHOLE)
-        with watch.phase(moment.format(next(names)), FLAT, GRADIENTS):
+        with watch.phase(moment.format(next(order)), FLAT, GRADIENTS):
             part = scatter(grads, unit)
         watch.hold(part, GRADIENTS)
         return part

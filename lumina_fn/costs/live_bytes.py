@@ -1,4 +1,4 @@
-"""How many bytes live while functions run, and what for: found on tensors that have shapes and no storage."""
+"""How many bytes are alive while functions run, by purpose, measured on tensors without storage."""
 
 import operator
 import weakref
@@ -19,8 +19,8 @@ class Live(TorchDispatchMode):
     """While active, counts the memory of every new tensor under the current label, until it is freed.
 
     most     for each moment since the first phase, the bytes by label when their sum was largest
-    kernels  functions that run in an op's place, so that what they need on the way is seen
-    scratch  functions of an op's arguments: bytes that it needs on the way, where that cannot be seen
+    kernels  functions that replace an op, so that their temporaries are counted
+    scratch  functions of an op's arguments: bytes of temporaries, for ops whose temporaries cannot be counted
     """
 
     def __init__(
@@ -31,7 +31,9 @@ class Live(TorchDispatchMode):
         self.label, self.moment = label, None
         self.now: Counter[str] = Counter()
         self.most: dict[str, Counter[str]] = {}
-        self._known: dict[int, tuple[int, str, weakref.ref]] = {}  # of each storage: bytes, label, what notices its end
+        self._known: dict[
+            int, tuple[int, str, weakref.ref]
+        ] = {}  # for each storage: bytes, label, a reference that notices its end
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.kernels:
@@ -46,20 +48,20 @@ class Live(TorchDispatchMode):
         return out
 
     def hold(self, tree: Any, label: str) -> None:
-        """Count the memory of the tree's tensors under this label, whether it is counted already or not."""
+        """Count the memory of the tree's tensors under this label; memory already counted gets this label."""
         for storage in _storages(tree):
             if id(storage) not in self._known:
                 self._track(storage)
             self._relabel(id(storage), label)
 
     def pass_by(self, size: int) -> None:
-        """Note that many bytes, taken for a moment under the current label."""
+        """Count bytes that are allocated and freed at once, under the current label."""
         self._add(self.label, size)
         self.now[self.label] -= size
 
     @contextmanager
     def phase(self, moment: str, label: str, after: str) -> Iterator[None]:
-        """A moment, whose new tensors have one label in it and another afterwards. The moment lasts until the next begins."""
+        """Begin a moment; tensors made in the block have `label`, and `after` once it ends. The moment lasts until the next begins."""
         known, outer = set(self._known), self.label
         self.moment, self.label = moment, label
         self._add(label, 0)
@@ -94,14 +96,14 @@ def _storages(tree: Any) -> Iterator[UntypedStorage]:
 
 
 def fused_peak(graph: GraphModule) -> int:
-    """The most bytes that the graph's own tensors take at once, its outputs included, where a compiler runs it.
+    """The peak bytes of the graph's own tensors, outputs included, when it is compiled.
 
-    Such a compiler computes elementwise nodes inside of the ones that read them where it can, or over a tensor not read later.
+    A compiler fuses elementwise nodes into the nodes that read them where it can, or writes them over a tensor not read later.
     """
     nodes = _needed(graph)
     memory = _memory(nodes)
     written = _written(nodes, memory)
-    reads: dict[Node, set[Node]] = {}  # what is written and read, by a node itself or by those computed inside of it
+    reads: dict[Node, set[Node]] = {}  # tensors that a node reads, itself or by nodes fused into it
     last: dict[Node, Node] = {}
     for node in nodes:
         sources = {memory[source] for source in node.all_input_nodes}
@@ -125,7 +127,7 @@ def fused_peak(graph: GraphModule) -> int:
 
 
 def outline(graph: GraphModule) -> Callable[..., Any]:
-    """A function of the graph's arguments that returns tensors without storage of its outputs' shapes, and computes nothing."""
+    """A function of the graph's arguments that computes nothing, and returns tensors without storage of the outputs' shapes."""
     nodes = _needed(graph)
     memory, arguments = _memory(nodes), [node for node in graph.graph.nodes if node.op == "placeholder"]
 
@@ -145,7 +147,7 @@ def outline(graph: GraphModule) -> Callable[..., Any]:
 
 
 def outputs(graph: GraphModule) -> int:
-    """Bytes of the graph's outputs, arguments that are returned aside."""
+    """Bytes of the graph's outputs, without arguments that are returned."""
     memory = _memory(_needed(graph))
     made = {memory[node] for node in graph.graph.output_node().all_input_nodes}
     return sum(_bytes(node) for node in made if node.op != "placeholder")
@@ -163,19 +165,21 @@ def _needed(graph: GraphModule) -> list[Node]:
 
 
 def _memory(nodes: list[Node]) -> dict[Node, Node]:
-    """The node that each node's memory comes from: itself, unless it is a view."""
+    """For each node the node that owns its memory: itself, unless it is a view."""
     memory: dict[Node, Node] = {}
     for node in nodes:
         returns = getattr(getattr(node.target, "_schema", None), "returns", ())
         view = node.target is torch.ops.aten._unsafe_view.default
         view |= any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        view |= node.target is operator.getitem and memory[node.args[0]] is not node.args[0]
+        if node.target is operator.getitem:
+            whole = node.all_input_nodes[0]
+            view |= memory[whole] is not whole
         memory[node] = memory[node.all_input_nodes[0]] if view else node
     return memory
 
 
 def _written(nodes: list[Node], memory: dict[Node, Node]) -> set[Node]:
-    """The nodes whose values a compiler must write out: those that are not computed inside of all their readers."""
+    """The nodes whose values a compiler must write to memory: those not fused into all their readers."""
     readers: dict[Node, list[Node]] = defaultdict(list)
     for node in nodes:
         if memory[node] is node:
@@ -186,7 +190,14 @@ def _written(nodes: list[Node], memory: dict[Node, Node]) -> set[Node]:
     return {node for node in own if not inside(node)}
 
 
-_FUSED = {"cat", "empty_like", "fill_", "full", "zeros", "_to_copy"}  # elementwise to a compiler, though not tagged so
+_FUSED = {
+    "cat",
+    "empty_like",
+    "fill_",
+    "full",
+    "zeros",
+    "_to_copy",
+}  # elementwise to a compiler, though without the tag
 _LAYER_NORM = {"native_layer_norm", "native_layer_norm_backward"}
 
 

@@ -1,8 +1,8 @@
-"""Inductor's cache of compiled graphs, which may be damaged: by a full disk, a kill, or whoever else writes to /tmp.
+"""Inductor's cache of compiled graphs, which may be damaged: by a full disk, a kill, or another program in /tmp.
 
-Inductor trusts what is there by its name. Most damage makes it fail, and it is tried once more in an empty folder. But a library that
-was cut or overwritten ends the process that loads it, or computes something else: whatever a process has loaded gets a seal
-beside it, its SHA-256, and what is not as its seal says, or is cut short, is removed before the next process loads it.
+Inductor trusts a file by its name. Most damage makes it fail; compilation is then tried once more in an empty folder. But a truncated
+or overwritten library crashes the process that loads it, or computes wrong results. So each file that a process has loaded gets a
+seal, a file beside it with its SHA-256; a file that differs from its seal, or is truncated, is removed before the next process loads it.
 """
 
 import errno
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,21 +40,22 @@ _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)))
 
 
 def compiled(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    """`torch._inductor.compile`. Where it fails and, without what lies in the cache, does not, the cache is emptied and that is said.
+    """The graph compiled by Inductor. If that fails with the cache and succeeds without it, the cache is emptied, with a warning.
 
-    InputError where compiled code can be written nowhere.
+    Raises InputError if compiled code cannot be written anywhere.
     """
     place, problem = _place()
     if problem is not None:
         _say_once(f"note: the compile cache in {place} cannot be used ({problem}): what is compiled is not kept")
         return _compiled_elsewhere(graph, examples)
     _mend(place)
-    kept = GraphModule(graph, deepcopy(graph.graph))  # compiling rewrites the graph
+    kept = GraphModule(graph, deepcopy(graph.graph))  # compilation changes the graph
     try:
-        with config.patch(cpp_cache_precompile_headers=_problem(Path(default_cache_dir())) is None):  # they lie there
-            made = torch._inductor.compile(graph, examples)
+        # Precompiled headers are kept in the default folder.
+        with config.patch(cpp_cache_precompile_headers=_problem(Path(default_cache_dir())) is None):
+            made = _inductor(graph, examples)
     except Exception as error:
-        made = _compiled_elsewhere(kept, examples)  # or this is not the cache's fault
+        made = _compiled_elsewhere(kept, examples)  # raises if the cache is not the cause
         why = str(error).strip().splitlines() or [type(error).__name__]
         discard(place)
         log.warning(
@@ -67,8 +68,13 @@ def compiled(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     return made
 
 
+def _inductor(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    # Its annotation covers graphs that are compiled without their weights too: what it returns for those is not callable.
+    return cast("Callable[..., Any]", torch._inductor.compile(graph, [*examples]))
+
+
 def discard(folder: Path) -> None:
-    """Remove what Inductor wrote into its cache's folder, as far as it can be removed, and nothing else: it may be any folder."""
+    """Remove the files that Inductor wrote into this folder, as far as possible, and no others: the folder may be anything."""
     with suppress(OSError):
         for inner in _folders(folder):
             with suppress(OSError, InputError):
@@ -82,10 +88,10 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _place() -> tuple[Path, str | None]:
-    """The cache's folder, and why it cannot be used; None where it can."""
+    """The cache's folder, and the reason why it cannot be used (None: it can)."""
     try:
         folder = Path(cache_dir())
-    except OSError as error:  # it cannot be made there
+    except OSError as error:  # it cannot be created
         return Path(error.filename), error.strerror
     return folder, _problem(folder)
 
@@ -96,7 +102,7 @@ def _problem(folder: Path) -> str | None:
         owner = folder.stat().st_uid
     except OSError as error:
         return error.strerror
-    if folder == Path(default_cache_dir()) and owner != os.geteuid():  # a name in /tmp that anybody may take first
+    if folder == Path(default_cache_dir()) and owner != os.geteuid():  # another user can create this name in /tmp first
         return "it is another user's"
     return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
@@ -108,14 +114,14 @@ def _say_once(line: str) -> None:
 
 @cache
 def _own_folder() -> tempfile.TemporaryDirectory:
-    """This process's own, for as long as it lives."""
+    """A folder of this process, removed when it ends."""
     return tempfile.TemporaryDirectory(prefix="lumina-compiled-", ignore_cleanup_errors=True)
 
 
 def _compiled_elsewhere(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     try:
         with temporary_cache_dir(_own_folder().name), config.patch(cpp_cache_precompile_headers=False):
-            return torch._inductor.compile(graph, examples)
+            return _inductor(graph, examples)
     except Exception as error:
         for reason in _NO_ROOM:
             if reason in str(error):
@@ -127,9 +133,9 @@ def _compiled_elsewhere(graph: GraphModule, examples: list[Tensor]) -> Callable[
 
 @cache
 def _mend(place: Path) -> None:
-    """Remove what must not be loaded, and say so."""
+    """Remove damaged files, with a warning, before anything is loaded."""
     removed = []
-    with suppress(OSError):  # another process empties it
+    with suppress(OSError):  # another process is emptying it
         for path in (path for inner in _folders(place) for path in inner.iterdir() if _LOADED.fullmatch(path.name)):
             if _is_damaged(path):
                 with _unless_in_work(path, place / "locks") as free:
@@ -145,7 +151,7 @@ def _mend(place: Path) -> None:
 
 @contextmanager
 def _unless_in_work(path: Path, folder: Path) -> Iterator[bool]:
-    """Inductor's own lock of a library is held; False where another process has it, which is writing the library."""
+    """Whether Inductor's lock of a library was taken, for the block; False if another process holds it and is writing the library."""
     with locks.folder_of(folder) as where:
         fd = locks.own_file(f"{path.name.split('.')[0]}.lock", where, folder)
         try:
@@ -159,13 +165,13 @@ def _is_damaged(path: Path) -> bool:
         data = reading.contents(path, LARGEST)
         if _seal_of(path).exists():
             return reading.contents(_seal_of(path), 1000) != _hash(data)
-    except InputError:  # it is gone, or a folder, which nobody can load
+    except InputError:  # it is gone, or a folder, which cannot be loaded
         return False
     return path.suffix == ".so" and _is_cut(data)
 
 
 def _is_cut(library: bytes) -> bool:
-    """Whether an ELF file ends before its table of sections, the last thing in it: its compiler was killed, or the disk full."""
+    """Whether an ELF file ends before the end of its section table, the last part: the compiler was killed, or the disk was full."""
     if not library.startswith(b"\x7fELF"):
         return not library
     if len(library) < 64:
@@ -175,13 +181,13 @@ def _is_cut(library: bytes) -> bool:
 
 
 def _seal(place: Path) -> None:
-    """Seal what this process has loaded, since it works."""
+    """Write a seal for each file that this process has loaded successfully."""
     loaded = {module.__file__ for module in PyCodeCache.modules}
     with suppress(InputError):  # a system without it
         loaded |= set(re.findall(r"/.*\.so$", reading.text(Path("/proc/self/maps")), re.MULTILINE))
     for path in map(Path, filter(None, loaded)):
         if path.parent.parent == place and _LOADED.fullmatch(path.name) and not _seal_of(path).exists():
-            with suppress(InputError):  # or it is loaded without a seal
+            with suppress(InputError):  # else it stays without a seal
                 files.write_atomic(_seal_of(path), _hash(reading.contents(path, LARGEST)))
 
 

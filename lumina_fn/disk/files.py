@@ -1,7 +1,7 @@
-"""Results that appear whole or not at all: written beside their place, synced to the disk, moved there by one rename.
+"""Results that appear complete or not at all: written beside their destination, synced to the disk, moved by one rename.
 
-What is replaced is ours, as its mark says (see marks), and is there until the new one is: where a process is killed between two
-renames, the next one with the same place puts the old one back.
+Only a result with this project's mark (see marks) is replaced, and it stays until the new one is complete: if a process is killed
+between two renames, the next process with the same destination restores the old result.
 """
 
 import ctypes
@@ -22,20 +22,20 @@ from lumina_fn.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_TMP = ".lumina-tmp-"  # in the names of what is unfinished; a folder's writer holds a lock on it while it lives
-_OLD = ".lumina-old-"  # in the name of a folder that makes room for a new one
+_TMP = ".lumina-tmp-"  # in names of unfinished results; the writer of a folder holds a lock on it
+_OLD = ".lumina-old-"  # in the name of a folder that was moved aside for a new one
 _UNFINISHED = re.compile(r"\..+\.lumina-(tmp|old)-[0-9a-f]+", re.DOTALL)
-DAY = 24 * 3600  # seconds, after which an unfinished folder is nobody's where no lock tells
+DAY = 24 * 3600  # seconds, after which an unfinished folder counts as abandoned if the file system has no locks
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of Linux's renameat2
 
 
 @contextmanager
 def new_folder(dst: str | Path, kind: str, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes `dst` when the block ends, and vanishes when it raises.
+    """A new folder to fill, which becomes `dst` when the block ends and is removed if it raises.
 
-    An existing `dst` is an InputError unless `overwrite` and it is a result of ours, of the same kind and with nothing else in
-    it; it then stays whole until the new one takes its place in one step.
-    What a killed run left behind is removed by the next one with the same `dst`.
+    Raises InputError for an existing `dst`, unless `overwrite` is set and it is a result of the same kind that holds no other files;
+    it then stays complete until the new folder replaces it in one step. Remains of a killed run are removed by the next run with
+    the same `dst`.
     """
     dst = place(dst)
     with writable(dst):
@@ -48,7 +48,7 @@ def new_folder(dst: str | Path, kind: str, overwrite: bool = False) -> Iterator[
 
 @contextmanager
 def renewed_folder(dst: str | Path, kind: str) -> Iterator[Path]:
-    """`new_folder` for a part of a run's folder: it replaces what an earlier part of the run wrote, and takes over what others put there."""
+    """`new_folder` for a subfolder of a run: replaces the files that an earlier part of the run wrote, and keeps all other files in it."""
     dst = place(dst)
     with writable(dst):
         recover(dst)
@@ -68,7 +68,7 @@ def _filled(dst: Path, kind: str, overwrite: bool) -> Iterator[Path]:
             write_atomic(tmp / marks.NAME, marks.text(kind, marks.listed(tmp)))
             sync(tmp)
             replaced = overwrite and dst.exists()
-            if replaced and marks.read(dst) is None:  # of a version without marks: what the new one has too is ours
+            if replaced and marks.read(dst) is None:  # of a version without marks: names in both are ours
                 again = set(marks.listed(dst)) & set(marks.listed(tmp))
                 write_atomic(dst / marks.NAME, marks.text(kind, sorted(again)))
             take_place(tmp, dst, overwrite)
@@ -83,7 +83,7 @@ def _filled(dst: Path, kind: str, overwrite: bool) -> Iterator[Path]:
 
 
 def retire(old: Path, new: Path | None, ours: marks.Ours = lambda path: False) -> None:
-    """Remove a folder that was replaced: what we wrote there goes, what others put there moves into `new`, where its name is free."""
+    """Remove a replaced folder: our files are deleted, other files move into `new` if their names are free there."""
     found = marks.sort_out(old, ours)
     for path in found.strangers:
         target = None if new is None else new / path
@@ -99,7 +99,7 @@ def retire(old: Path, new: Path | None, ours: marks.Ours = lambda path: False) -
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that at every moment its old or its new content is there, whatever is killed."""
+    """Write a file atomically: at every moment it has its complete old or new content, even if the process is killed."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}{_TMP}{secrets.token_hex(4)}")
     with writable(path):
@@ -115,7 +115,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to a file of ours, made where it is not there. InputError for a link, and for what is not a file of ours alone."""
+    """Append text to a file of ours, which is created if missing. Raises InputError for a link and for a file that is shared (hard links)."""
     with writable(path), locks.folder_of(path.parent) as folder:
         fd = locks.own_file(path.name, folder, path.parent)
         with os.fdopen(fd, "r+b") as file:
@@ -124,12 +124,12 @@ def append(path: Path, text: str) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a file or folder is what one of these functions was writing when it was killed, or is writing still."""
+    """Whether a name is that of an unfinished result of these functions, abandoned or still being written."""
     return _UNFINISHED.fullmatch(path.name) is not None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What killed runs left in a folder that nobody else writes: half-written files go, and a folder that was moved away comes back."""
+    """Clean a folder that no other process writes: unfinished files of killed runs are removed, a folder that was moved aside is restored."""
     for path in [path for path in folder.iterdir() if is_unfinished(path)]:
         if path.is_dir() and not path.is_symlink():
             recover(folder / re.split(r"\.lumina-(?:tmp|old)-", path.name[1:])[0])
@@ -138,12 +138,12 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def empty(folder: Path, ours: marks.Ours) -> None:
-    """Remove all that is ours from a folder that stays, as what others put there does."""
+    """Remove our files from a folder; the folder and other files stay."""
     _remove(folder, marks.sort_out(folder, ours).ours)
 
 
 def _remove(folder: Path, paths: list[str]) -> None:
-    """Files, and folders where nothing else is in them; what another process removed meanwhile is gone."""
+    """Remove these files, and these folders if empty; names that no longer exist are ignored."""
     for path in paths:
         try:
             (folder / path).rmdir() if path.endswith("/") else (folder / path).unlink()
@@ -161,6 +161,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_one(path: Path) -> None:
+    """Force one file, or one folder without its content, onto the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -182,7 +183,7 @@ def _check_free(dst: Path, kind: str, overwrite: bool) -> None:
 
 @contextmanager
 def _full_disk_said(dst: Path) -> Iterator[None]:
-    """Only that: any other OSError of a foreign block may come from what it reads."""
+    """Within the block a full disk is an InputError; other OSErrors may come from what the block reads, and pass."""
     try:
         yield
     except OSError as error:
@@ -195,7 +196,7 @@ def _locked_sibling(dst: Path) -> tuple[Path, int]:
     while True:
         tmp = dst.with_name(f".{dst.name}{_TMP}{secrets.token_hex(4)}")
         tmp.mkdir()
-        with suppress(FileNotFoundError):  # another run took the fresh, not yet locked folder for an abandoned one
+        with suppress(FileNotFoundError):  # another run removed the new, not yet locked folder as abandoned
             fd = os.open(tmp, os.O_RDONLY | os.O_CLOEXEC)
             if locks.take(fd) is not False and tmp.exists():
                 return tmp, fd
@@ -203,11 +204,11 @@ def _locked_sibling(dst: Path) -> tuple[Path, int]:
 
 
 def recover(dst: Path) -> None:
-    """What killed runs left beside `dst`: an old one that made room for a new one that never came is put back, the rest goes."""
+    """Clean up after killed runs beside `dst`: an old result that was moved aside is restored if `dst` is missing, the rest is removed."""
     moved, unfinished = f".{dst.name}{_OLD}", f".{dst.name}{_TMP}"
     found = [path for path in dst.parent.iterdir() if is_unfinished(path) and path.name.startswith((moved, unfinished))]
     found = [path for path in found if path.is_dir() and not path.is_symlink()]
-    for path in sorted(found, key=lambda path: not path.name.startswith(moved)):  # what was there comes back first
+    for path in sorted(found, key=lambda path: not path.name.startswith(moved)):  # restore the old result first
         with suppress(FileNotFoundError), locks.folder_of(path) as fd:
             free = locks.take(fd)
             if free is False:
@@ -223,14 +224,14 @@ def recover(dst: Path) -> None:
 
 
 def take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
-    """One rename; with `overwrite` an exchange, so that `tmp` then names the old folder."""
+    """Move `tmp` to `dst` by one rename; with `overwrite` exchange them, so that `tmp` then names the old folder."""
     exchange = overwrite and dst.exists()
     if _renameat2(tmp, dst, _EXCHANGE if exchange else _NOREPLACE):
         return
     if not exchange:
         tmp.rename(dst)
         return
-    # This system cannot exchange: there is a moment without `dst`, after which `recover` puts the old one back.
+    # This system cannot exchange: `dst` is missing for a moment; if the process is killed then, `recover` restores the old folder.
     old = dst.with_name(f".{dst.name}{_OLD}{secrets.token_hex(4)}")
     fd = os.open(dst, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -244,14 +245,14 @@ def take_place(tmp: Path, dst: Path, overwrite: bool) -> None:
 
 
 def _renameat2(src: Path, dst: Path, flags: int) -> bool:
-    """Linux's rename with flags; False where this system or file system has none."""
+    """Linux's rename with flags; False if the system or the file system does not support it."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
     if call(_AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), flags) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL):  # no such call, or the file system does not know the flag
+    if code in (errno.ENOSYS, errno.EINVAL):  # no such system call, or no support by the file system
         return False
     if code == errno.EEXIST:
         raise InputError(f"{dst} was written by another run meanwhile: give a new place, or --overwrite to replace it")

@@ -1,6 +1,6 @@
-"""One writer at a time, by locks that the kernel gives back when their holder ends; and our own small files beside other people's.
+"""One writer at a time, by locks that the kernel releases when their holder ends; and our own small files in shared folders.
 
-A file system without such locks (some NFS, some FUSE) is used without them, which is said once a place.
+A file system without such locks (some NFS, some FUSE) is used without them, with one warning per path.
 """
 
 import errno
@@ -18,14 +18,14 @@ from lumina_fn.errors import InputError
 log = logging.getLogger(__name__)
 
 LONGEST_PID = 20  # characters
-# EBADF: NFS locks only what is open for writing, which a folder never is.
+# EBADF: NFS locks only files open for writing, and a folder cannot be opened so.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
 
 
 def take(fd: int, wait: bool = False) -> bool | None:
     """Lock an open file or folder for this process, until the descriptor is closed.
 
-    False where another process has it (with `wait`, once it is free), None where this file system has no locks.
+    True if it was taken; False if another process holds it (with `wait` it waits instead); None if the file system has no locks.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -39,9 +39,9 @@ def take(fd: int, wait: bool = False) -> bool | None:
 
 
 def own_file(name: str, folder: int, where: Path) -> int:
-    """A descriptor of a small file of ours, made where it is not there. InputError for a link, or anything that is not ours alone.
+    """A descriptor of a small file of ours, created if missing. Raises InputError for a link, or a file that is not ours alone.
 
-    `folder` is the descriptor of the folder `where`: whatever becomes of its path, the file lies in it.
+    `folder` is the descriptor of the folder `where`: the file is created in it even if its path changes meanwhile.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -61,7 +61,7 @@ def own_file(name: str, folder: int, where: Path) -> int:
 
 @contextmanager
 def folder_of(path: Path) -> Iterator[int]:
-    """A descriptor of a folder, which is no link."""
+    """A descriptor of a folder, for the block. Raises InputError for a link or anything but a folder."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -75,13 +75,13 @@ def folder_of(path: Path) -> Iterator[int]:
 
 
 def remove_own(folder: Path, name: re.Pattern[str]) -> None:
-    """Remove the regular files and the empty folders of that name from a folder of ours, and it too where nothing else is in it."""
+    """Remove regular files and empty folders whose names match from a folder of ours, and the folder itself if it is then empty."""
     with folder_of(folder) as fd, os.scandir(fd) as entries:
         for entry in list(entries):
             if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=fd)
             elif name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                with suppress(OSError):  # something is in it
+                with suppress(OSError):  # it is not empty
                     os.rmdir(entry.name, dir_fd=fd)
     with suppress(OSError):
         folder.rmdir()
@@ -89,12 +89,12 @@ def remove_own(folder: Path, name: re.Pattern[str]) -> None:
 
 @contextmanager
 def one_writer(out: Path) -> Iterator[None]:
-    """OUT is written by this process alone, while it lasts. InputError that names the other one.
+    """Within the block only this process writes OUT. Raises InputError, which names the other process that does.
 
-    The lock is a file beside OUT, `.NAME.lock`, since OUT itself may not be there yet; `held_folder` locks OUT too, for the
-    case that somebody cleans such files away.
+    The lock is a file beside OUT, `.NAME.lock`, since OUT may not exist yet; `held_folder` locks OUT too, in case somebody
+    deletes such files.
     """
-    name = f".{out.name}.lock"  # the root has no name, and is never free
+    name = f".{out.name}.lock"  # the root folder has no name, and is never writable as a result
     with folder_of(out.parent) as parent:
         while True:
             fd = own_file(name, parent, out.parent)
@@ -104,7 +104,7 @@ def one_writer(out: Path) -> Iterator[None]:
                     raise InputError(f"{out} is being written by process {_pid(fd)}: wait for it or stop it")
                 if free is None:
                     log.warning("note: %s has no locks: see that no second run writes %s", out.parent, out)
-                if not _is_there(fd, name, parent):  # removed between the opening and the lock
+                if not _is_there(fd, name, parent):  # removed between opening and locking
                     continue
                 said = os.pread(fd, LONGEST_PID + 1, 0)
                 if said and (len(said) > LONGEST_PID or not said.strip().isdigit()):
@@ -119,7 +119,7 @@ def one_writer(out: Path) -> Iterator[None]:
 
 @contextmanager
 def held_folder(out: Path) -> Iterator[None]:
-    """OUT itself is locked too, while it lasts. InputError where another process holds it."""
+    """Within the block the folder OUT itself is locked. Raises InputError if another process holds the lock."""
     with folder_of(out) as fd:
         if take(fd) is False:
             raise InputError(f"{out} is being written by another process: wait for it or stop it")

@@ -1,6 +1,6 @@
-"""The small file that every result carries: it says that a folder is ours, of which kind, and which of its files we wrote.
+"""The mark, a small file in every result, says that we wrote the folder, of which kind it is, and which of its files are ours.
 
-A folder without it, of another kind, or with anything else in it is not replaced or removed.
+A folder without a mark, of another kind, or with any other file in it is not replaced or removed.
 """
 
 import json
@@ -18,44 +18,46 @@ from lumina_fn.errors import InputError
 NAME = ".lumina.json"
 FORMAT = "lumina_fn/mark/1"
 
-Ours = Callable[[str], bool]  # of a path below a folder that is written to while it is in use; a folder's ends with "/"
+Ours = Callable[[str], bool]  # whether a path below a folder in use is ours; the path of a folder ends with "/"
 
 
 @dataclass(frozen=True)
 class Mark:
+    """What a result's mark holds, as JSON."""
+
     format: Literal["lumina_fn/mark/1"]
     kind: str  # model, features, run, pictures, report, ...
-    version: str  # of the writer
+    version: str  # version of the writer
     files: tuple[str, ...]  # below the folder, with "/" between; empty where the kind has names of its own
 
 
 class Found(NamedTuple):
-    """What lies in a folder, as paths below it; a folder comes after what is in it."""
+    """The content of a folder as paths below it; a folder comes after its content."""
 
     ours: list[str]
-    strangers: list[str]  # of a strange folder only its own name, with "/"
+    strangers: list[str]  # not ours; of a folder only its own name, with "/"
 
 
 def listed(folder: Path) -> list[str]:
-    """Every file below a folder but its mark, sorted."""
+    """Every file below a folder except its mark, sorted."""
     found = (Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
     return sorted(name for name in found if name != NAME)
 
 
 def text(kind: str, files: list[str]) -> str:
-    """What the mark of such a folder holds."""
+    """The text of a mark for these files."""
     return json.dumps(asdict(Mark(FORMAT, kind, lumina_fn.__version__, tuple(files))), indent=1) + "\n"
 
 
 def read(folder: Path) -> Mark | None:
-    """The folder's mark, None where it has none. Raises InputError for one that is damaged."""
+    """The folder's mark; None if it has none. Raises InputError for a damaged one."""
     if not os.path.lexists(folder / NAME):
         return None
     return reading.json_of(Mark, folder / NAME, "the mark of a folder that lumina wrote")
 
 
 def check(folder: Path, kind: str, ours: Ours = lambda path: False) -> None:
-    """InputError, which names the first stranger, unless all that lies in the folder is a result of that kind, or nothing is."""
+    """Raise InputError, which names the first file that is not ours, unless the folder is empty or wholly a result of that kind."""
     advice = "give another place, or remove it yourself"
     if not any(folder.iterdir()):
         return
@@ -76,7 +78,7 @@ def check(folder: Path, kind: str, ours: Ours = lambda path: False) -> None:
 
 
 def sort_out(folder: Path, ours: Ours = lambda path: False) -> Found:
-    """What in the folder is ours, by its mark or by `ours`, and what is not. A link is nobody's work here: it is a stranger."""
+    """The paths in the folder that are ours, by its mark or by `ours`, and those that are not. A link is never ours."""
     found = Found([], [])
     mark = read(folder)
     known = set(mark.files) if mark else set()
@@ -85,7 +87,7 @@ def sort_out(folder: Path, ours: Ours = lambda path: False) -> Found:
 
 
 def _visit(folder: Path, prefix: str, known: set[str], ours: Ours, found: Found) -> None:
-    """`known` are paths below the top, as `prefix` and all that is found is."""
+    """Sort the content of a subfolder into `found`. `known`, `prefix` and the paths found are relative to the top folder."""
     parents = {f"{parent}/" for name in known for parent in PurePosixPath(name).parents}
     with os.scandir(folder) as entries:
         entries = sorted(entries, key=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""Where a result may go: never to a link, and never over what the run reads, by whatever name."""
+"""Where a result may be written: never through a link, and never over an input of the run, under any of its names."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lumina_fn.errors import InputError
 
-LONGEST = 220  # bytes of a result's name: file systems take 255, and what lies beside it meanwhile is named after it
+LONGEST = 220  # bytes of a result's name: file systems allow 255, and temporary files beside it have longer names
 
 
 @contextmanager
 def writable(dst: str | Path) -> Iterator[None]:
-    """An OSError of the block, such as a full disk, is an InputError that names `dst`."""
+    """Within the block an OSError, such as a full disk, becomes an InputError that names `dst`."""
     try:
         yield
     except OSError as error:
@@ -20,9 +20,9 @@ def writable(dst: str | Path) -> Iterator[None]:
 
 
 def place(dst: str | Path, inputs: Iterable[Path] = ()) -> Path:
-    """The absolute path of a folder that is to be written; InputError for a link, and for one that holds an input of the run.
+    """The absolute path of a folder to write. Raises InputError for a link, and for a folder that contains an input of the run.
 
-    An input lies there too where a link in its folder leads there.
+    That includes inputs whose folder has a link into it.
     """
     with writable(dst):
         if Path(dst).is_symlink():
@@ -40,13 +40,13 @@ def place(dst: str | Path, inputs: Iterable[Path] = ()) -> Path:
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """The links in a folder, to any depth."""
+    """All links below a folder."""
     for root, folders, names in os.walk(path):
         yield from (found for name in (*folders, *names) if (found := Path(root, name)).is_symlink())
 
 
 def place_of_file(dst: Path, inputs: Iterable[Path]) -> Path:
-    """The path of a file that is to be written; InputError for a link, and where it is an input, under whatever name."""
+    """The path of a file to write. Raises InputError for a link, and for a file that is an input, under any of its names."""
     with writable(dst):
         if dst.is_symlink() or (dst.exists() and not dst.is_file()):
             raise InputError(f"{dst} is a link, a folder or a device: name a new file")

@@ -1,22 +1,23 @@
-"""Open a file that a user or another program may have put there: a regular file of bounded size, or an InputError of one line.
+"""Open files that a user or another program wrote: regular files of bounded size; anything else is an InputError of one line.
 
-A pipe is not waited for, a device is not read, a sparse terabyte is refused by its size, and text is UTF-8.
+Pipes and devices are refused without waiting, a sparse terabyte is refused by its size, and text is UTF-8.
 """
 
 import codecs
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from lumina_fn.errors import InputError, printable
 
-MAX_JSON = 64 << 20  # bytes of a JSON file of ours, or of a model's folder
+MAX_JSON = 64 << 20  # bytes of a JSON file, ours or of a model's folder
 MAX_TEXT = 256 << 20  # bytes of a text: prompts, rows, a manifest's lines
 MAX_LINE = 16 << 20  # bytes of a line of JSONL
 
@@ -24,9 +25,9 @@ T = TypeVar("T")
 
 
 def descriptor(path: Path, folder: int | None = None, *, follow: bool = True) -> int:
-    """A descriptor of a regular file, read-only; of the name `path` in the folder of that descriptor, where one is given.
+    """A read-only descriptor of a regular file; `path` is relative to the descriptor `folder` if that is given.
 
-    Raises OSError, as `os.open` does; InputError for what is no regular file.
+    Raises OSError as `os.open` does, and InputError for anything but a regular file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -39,8 +40,8 @@ def descriptor(path: Path, folder: int | None = None, *, follow: bool = True) ->
     return fd
 
 
-def opened(path: Path, expected: str = "a file that can be read") -> BinaryIO:
-    """The file, open for reading. Raises InputError, which says what was expected there."""
+def opened(path: Path, expected: str = "a file that can be read") -> io.BufferedReader:
+    """The file, open for reading in binary. Raises InputError, which says what was expected."""
     try:
         return os.fdopen(descriptor(path), "rb")
     except OSError as error:
@@ -54,10 +55,9 @@ def contents(path: Path, limit: int, expected: str = "a file that can be read") 
     with opened(path, expected) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            data = (
-                file.read(size + 1) if size <= limit else b""
-            )  # which takes that much memory at once, as a limit would
-            if len(data) > size:  # it grew since
+            # Reading up to `limit` would allocate that many bytes.
+            data = file.read(size + 1) if size <= limit else b""
+            if len(data) > size:  # it has grown meanwhile
                 data += file.read(limit - size)
         except OSError as error:
             raise InputError(printable(f"{path}: {error.strerror}; expected {expected}")) from error
@@ -67,7 +67,7 @@ def contents(path: Path, limit: int, expected: str = "a file that can be read") 
 
 
 def text(path: Path, limit: int = MAX_TEXT, expected: str = "a text file") -> str:
-    """A text in UTF-8, without the mark that Windows puts before it. Raises InputError, which names the line that is not UTF-8."""
+    """A text in UTF-8, without a byte order mark. Raises InputError, which names the first line that is not UTF-8."""
     return decoded(contents(path, limit, expected), path, expected)
 
 
@@ -86,7 +86,7 @@ def decoded(data: bytes, path: Path, expected: str = "a text file") -> str:
 
 
 def json_object(path: Path, expected: str = "a JSON object", limit: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object that another program wrote, whatever is in it. Raises InputError for anything else."""
+    """A JSON object written by another program, with any content. Raises InputError for anything else."""
     data = contents(path, limit, expected)
     try:
         value = json.loads(data)
@@ -102,14 +102,14 @@ def json_object(path: Path, expected: str = "a JSON object", limit: int = MAX_JS
 
 
 def json_of(kind: type[T], path: Path, expected: str, limit: int = MAX_JSON) -> T:
-    """A JSON file of ours as a value of `kind`: all its fields, their types and ranges. Raises InputError, which names the field."""
+    """A JSON file of ours as a value of `kind`, with fields, types and ranges checked. Raises InputError, which names the field."""
     return parsed(kind, contents(path, limit, expected), path, expected)
 
 
 def parsed(kind: type[T], data: bytes | str, path: Path, expected: str) -> T:
     """JSON text of the file `path` as a value of `kind`. Raises InputError as `json_of` does."""
     try:
-        # Not msgspec's own parser: a file's name may hold half of a surrogate pair, which is no UTF-8.
+        # Not msgspec's own parser: a file's name may contain a lone surrogate, which is not UTF-8.
         value = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise InputError(printable(f"{path} is damaged ({error}); expected {expected}")) from error
@@ -121,15 +121,15 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def checked(kind: Any, value: Any, where: Path | str, expected: str) -> Any:
-    """A value that was parsed already, as one of `kind`. Raises InputError as `json_of` does."""
+    """A parsed JSON value as a value of `kind`. Raises InputError as `json_of` does."""
     try:
         return msgspec.convert(value, kind)
-    except (ValueError, RecursionError) as error:  # half of a surrogate pair is no ValidationError
+    except (ValueError, RecursionError) as error:  # a lone surrogate raises ValueError, not ValidationError
         raise InputError(printable(f"{where} is damaged ({error}); expected {expected}")) from error
 
 
 def lines(path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file of any length, numbered from 1, without their ends; a line too long to be one is an InputError."""
+    """The lines of a file of any length, numbered from 1, without line ends. Raises InputError for a line longer than MAX_LINE."""
     with opened(path, expected) as file:
         for number in count(1):
             try:

@@ -1,4 +1,4 @@
-"""Files of a folder that a stranger packed: each must lie in it, and JSON must be an object of a bearable size."""
+"""Files of a folder from an unknown source: each must lie in it, and JSON must be an object of bounded size."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from lumina_fn.errors import InputError, printable
 
 
 def root(folder: Path) -> Path:
-    """What a folder's links may point into: itself, or the repository in Hugging Face's cache that it is a snapshot of."""
+    """The folder that links may point into: the folder itself, or the repository in Hugging Face's cache of which it is a snapshot."""
     folder = folder.resolve()
     return folder.parents[1] if folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir() else folder
 
 
 def file(folder: Path, name: str, top: Path | None = None) -> Path:
-    """A regular file directly in the folder; a name or link that leads out of it (or of `top`, which it is in) is an InputError."""
+    """The path of a regular file directly in the folder. Raises InputError for a name or link that leads out of it (or out of `top`)."""
     path = folder / name
     if Path(name).name != name or not name.isprintable() or not path.resolve().is_relative_to(root(top or folder)):
         raise InputError(
@@ -25,5 +25,5 @@ def file(folder: Path, name: str, top: Path | None = None) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; InputError for anything else."""
+    """The JSON object in a file. Raises InputError for anything else."""
     return reading.json_object(path, "a model's JSON file")

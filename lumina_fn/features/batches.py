@@ -1,4 +1,4 @@
-"""What a step sees: a function of (seed, step) alone, shared out to ranks, in rows of one item each or of several."""
+"""The batch of a step, a function of (seed, step) alone, divided among ranks, in rows of one item or several."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -15,14 +15,14 @@ from lumina_fn.loss import Batch, Packed
 from lumina_fn.vocab import IGNORE, PAD, Ids
 
 WINDOW = 64  # batches among which clustered items are sorted by length
-_CLUSTER = 3  # what a generator is for, beside data's 1 and 2
+_CLUSTER = 3  # purpose of a random generator, beside 1 and 2 in data.py
 
 
 class Share(NamedTuple):
-    """What one rank trains on in a step."""
+    """The batch of one rank in a step."""
 
     batch: Batch | Packed  # [A B T]
-    tokens: int  # of its items, padding not counted
+    tokens: int  # tokens of its items, without padding
 
 
 def steps_of(
@@ -30,8 +30,8 @@ def steps_of(
 ) -> Callable[[int], Visits]:  # fmt: skip
     """The items of a step (from 0): `batch` of them, fewer in an epoch's partial last step.
 
-    Clustered: the shuffled order in windows of 64 batches, each sorted by length, cut into batches and these shuffled, so that
-    a batch's items are about equally long. What fills no batch stays behind the rest.
+    Clustered: the shuffled order is split into windows of 64 batches; each window is sorted by length and cut into batches, which are
+    shuffled, so that a batch's items are about equally long. Items that fill no batch come last.
     """
     per_epoch = mixture.steps_per_epoch(batch, last)
 
@@ -65,7 +65,7 @@ def bucket(length: int) -> int:
 
 
 def micro_batches(items: Sequence[Document], size: int, max_positions: int, ids: Ids, count: int) -> Share:
-    """[count size T]: a row for each item, in micro batches of `size`, filled up with rows that predict nothing."""
+    """The batch [count size T]: a row for each item in micro batches of `size`, filled up with rows that predict nothing."""
     length = min(bucket(max(map(rows.length, items), default=1)), max_positions)
     tokens = np.full((count * size, length), PAD)
     labels = np.full((count * size, length), IGNORE)
@@ -78,17 +78,17 @@ def training_batches(
     last: Literal["partial", "drop"], order: Literal["shuffled", "clustered"] = "shuffled", pack: int | None = None,
     rank: int = 0, size: int = 1,
 ) -> Iterator[Share]:  # fmt: skip
-    """A rank's shares of these steps' batches, which are the same on any number of ranks; so is A, the number of micro batches.
+    """A rank's shares of these steps' batches, which are the same on any number of ranks, as is A, the number of micro batches.
 
-    pack    tokens of a row that several items share; micro batches are of such rows. It is no less than the longest item and
-            no more than max_positions. Which share a row is decided by their lengths with captions, which need no reading.
+    pack    length in tokens of rows that several items share; micro batches consist of such rows. At least the longest item, at
+            most max_positions. Items are assigned to rows by their lengths with captions, which are known without reading them.
     """
     ids, items_of = mixture.sets[0].origin.ids, steps_of(mixture, batch=batch, seed=seed, last=last, order=order)
 
     def read(visits: Visits) -> list[Document]:
         return [rows.document(feature, dropped, ids) for feature, dropped in mixture.read(visits, seed, caption_drop)]
 
-    # Ranks with less to do than others have micro batches of filler rows.
+    # Ranks with fewer items get micro batches of filler rows.
     count = lambda n: -(-n // (size * micro_batch))
     for step in steps:
         visits = items_of(step)

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
-# A string, or a comma before a closing bracket: whatever stands in a string is not a comma. One that does not end goes to the end,
-# and nothing is tried twice: the search takes a time that grows with the text, not with its square.
+# A string, or a comma before a closing bracket: commas within strings are skipped. An unclosed string matches up to the end, and
+# there is no backtracking: the time of the search is linear in the text.
 _TRAILING_COMMA = re.compile(r'"(?:[^"\\]++|\\.)*+"?|,(?=\s*+[\]}])', re.DOTALL)
 EXPECTED = "a list of file and prompt as JSON or JSONL"
 MAX_LIST = 1 << 30  # bytes of a JSON list: ten million rows
-DEPTH = 100  # of what a row may hold: far below where Python's own recursion ends
+DEPTH = 100  # nesting of a row's content: far below Python's own recursion limit
 
 
 class Row(NamedTuple):
-    file: str  # as written
+    """A row of the user's list: a picture's file and its caption."""
+
+    file: str  # as written in the list
     prompt: str
 
 
@@ -30,9 +32,9 @@ class NotJson(NamedTuple):
 
 
 def read_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list or of JSONL, trailing commas allowed; what they hold is for `row` to judge.
+    """The rows of a JSON list or of JSONL, trailing commas allowed; `row` checks their content.
 
-    Raises InputError for a file that is neither. A single bad line of JSONL becomes a `NotJson`. A list is read whole, of at most
+    Raises InputError for a file that is neither. A bad line of JSONL becomes a `NotJson`. A list is read whole and has at most
     MAX_LIST bytes; JSONL may be longer.
     """
     with reading.opened(path, EXPECTED) as file:
@@ -71,7 +73,7 @@ def _loads(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        # A space for a comma: errors that remain keep their line and column.
+        # Replace the comma by a space: other errors keep their line and column.
         return json.loads(_TRAILING_COMMA.sub(lambda m: " " if m[0] == "," else m[0], text))
 
 
@@ -83,7 +85,7 @@ def _line(text: str) -> Any:
 
 
 def row(value: Any) -> Row:
-    """What a row says. Raises InputError if it names no file or has no prompt."""
+    """The file and the prompt of a row. Raises InputError if one is missing."""
     if isinstance(value, NotJson):
         raise InputError(value.reason)
     if not isinstance(value, dict):
@@ -96,15 +98,15 @@ def row(value: Any) -> Row:
 
 
 def file_of(value: Any) -> str | None:
-    """The file that a row names, whatever else is wrong with it."""
+    """The file that a row names, even if the row has other faults; None if it names none."""
     file = value.get("file") if isinstance(value, dict) else None
     return file if isinstance(file, str) and "\0" not in file else None
 
 
 def find(file: str, roots: Sequence[Path]) -> Path:
-    """The file a row means: relative to the first root that has it, or absolute; links resolved, and inside one of the roots.
+    """The path of a row's file: relative to the first root that has it, or absolute; with links resolved, it lies in one of the roots.
 
-    Raises InputError, having opened nothing.
+    Raises InputError; no file is opened.
     """
     try:
         real = [os.path.realpath(root) for root in roots]

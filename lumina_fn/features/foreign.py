@@ -1,4 +1,4 @@
-"""Features that others extracted, read as ours: MindSpeed-MM's data.jsonl with .pt files, Alpha-VLLM's record.json with .pkl files.
+"""Features extracted by other tools, read as ours: MindSpeed-MM's data.jsonl with .pt files, Alpha-VLLM's record.json with .pkl files.
 
 Both keep a dict of ids and labels for each picture. No pickle is executed, and no file outside of the named folder is opened.
 """
@@ -22,28 +22,30 @@ from lumina_fn.prompt import LARGEST_ID, Tokenizer
 from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, image_codes
 
 INDEXES = ("data.jsonl", "record.json", "record.jsonl")
-PARTS = re.compile(r"(\d+)-of-(\d+)-record\.jsonl?")  # of an index that Alpha-VLLM's ranks have not concatenated
+PARTS = re.compile(r"(\d+)-of-(\d+)-record\.jsonl?")  # indexes of Alpha-VLLM's ranks, not yet concatenated
 KINDS = (".pt", ".pkl")
 MAX_FILE = plain_pickle.MAX_BYTES + (1 << 16)
 
 
 class Left(NamedTuple):
-    """A record that became no feature."""
+    """A record from which no feature could be made."""
 
     row: int
     file: str | None
     reason: str
-    duplicate: bool = False  # an earlier record stands for it
+    duplicate: bool = False  # an earlier record has the same picture
 
 
 class Record(NamedTuple):
+    """A line of an index of extracted features: a file, the number of ids in it, and the picture's id (None: not given)."""
+
     file: str
     length: int | None
     id: int | None
 
 
 def indexes(folder: Path) -> list[Path]:
-    """The files that list a folder's features, in order; none: it is no folder of extracted features."""
+    """The index files of a folder of extracted features, in order; empty if it is no such folder."""
     if found := [folder / name for name in INDEXES if (folder / name).is_file()]:
         return found[:1]
     parts = [(int(match[1]), path) for path in folder.glob("*-record.json*") if (match := PARTS.fullmatch(path.name))]
@@ -51,7 +53,7 @@ def indexes(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Feature, str] | Left]:
-    """For each record of a folder's index, in order: its feature and file, or why there is none. Raises InputError where there is no index."""
+    """For each record of a folder's index, in order, its feature and file, or the reason why there is none. Raises InputError without an index."""
     if not (found := indexes(folder)):
         raise InputError(f"{folder} holds no extracted features: expected {', '.join(INDEXES)} or N-of-M-record.jsonl")
     values = [value for path in found for value in dataset.read_rows(dataset.find(path.name, [folder]))]
@@ -78,7 +80,7 @@ def read(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Feature, str] | L
 
 
 def _record(value: Any) -> Record | str:
-    """What a line of the index says, or what is wrong with it."""
+    """The record in a line of the index, or what is wrong with the line."""
     if isinstance(value, dataset.NotJson):
         return value.reason
     if not isinstance(value, dict) or not isinstance(value.get("file"), str):
@@ -96,8 +98,8 @@ def _prefix(file: str) -> str:
 def _place(folder: Path, file: str, moved: bool) -> Path:
     """The file that a record names.
 
-    Records have paths from the folder in which the extraction was started. Where all of them lie in one folder, that is `folder`,
-    wherever it is now (`moved`), and only a path's last two parts count. Raises InputError.
+    Records hold paths relative to the folder in which the extraction was started. If all files lie in one folder, it is taken to be
+    `folder`, even if that was moved (`moved`), and only the last two parts of a path are used. Raises InputError.
     """
     tail = str(PurePosixPath(*PurePosixPath(file).parts[-2:]))
     path = dataset.find(tail if moved else str(Path.cwd() / file), [folder])
@@ -107,7 +109,7 @@ def _place(folder: Path, file: str, moved: bool) -> Path:
 
 
 def item(path: Path, record: Record) -> tuple[list[int], list[int]]:
-    """The ids and labels in a file, as many as its record says. Raises InputError."""
+    """The ids and labels in a file. Raises InputError if they do not match its record."""
     try:
         data = reading.contents(path, MAX_FILE, "a file of extracted features")
         value = plain_pickle.loads(_zipped(data) if path.suffix == ".pt" else data)
@@ -121,12 +123,13 @@ def item(path: Path, record: Record) -> tuple[list[int], list[int]]:
         struct.error,
     ) as error:
         raise InputError(f"cannot be read: {error}") from error
-    ids, labels = (value.get("token"), value.get("label")) if type(value) is dict else (None, None)
+    fields = value if type(value) is dict else {}
+    ids, labels = fields.get("token"), fields.get("label")
     if type(ids) is not list or type(labels) is not list or not ids:
         raise InputError("holds no lists of tokens and labels")
     if not all(type(n) is int and IGNORE <= n <= LARGEST_ID for n in (*ids, *labels)):
         raise InputError(f"a token or label is no whole number from {IGNORE} to {LARGEST_ID}")
-    if record.length not in (None, len(ids)) or record.id not in (None, value.get("id", record.id)):
+    if record.length not in (None, len(ids)) or record.id not in (None, fields.get("id", record.id)):
         raise InputError(
             f"holds {len(ids)} tokens, its record says {record.length}: another picture of the same name has overwritten it"
             if record.length not in (None, len(ids))
@@ -136,7 +139,7 @@ def item(path: Path, record: Record) -> tuple[list[int], list[int]]:
 
 
 def _zipped(data: bytes) -> bytes:
-    """The pickle in a torch file. Nothing is unpacked: torch stores its members as they are."""
+    """The bytes of the pickle in a torch file, whose members are not compressed."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         found = [m for m in archive.infolist() if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
         if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED or found[0].file_size > len(data):
@@ -145,7 +148,7 @@ def _zipped(data: bytes) -> bytes:
 
 
 def parse(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], np.ndarray]:
-    """The text ids and the codes[h w] that `FeatureSet` makes exactly these ids and labels of. Raises InputError if none do."""
+    """The text ids and codes[h w] from which `FeatureSet` makes exactly these ids and labels. Raises InputError if there are none."""
     own = tokenizer.ids
     if len(ids) != len(labels):
         raise InputError(f"{len(ids)} tokens and {len(labels)} labels")

@@ -1,4 +1,4 @@
-"""Documents into rows of one length: which share a row, and what a row of several looks like."""
+"""Pack documents into rows of one length: assign documents to rows, and build the rows."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from lumina_fn.vocab import IGNORE, PAD, Ids
 
 
 def first_fit_decreasing(lengths: Int[np.ndarray, " S"], room: int) -> list[list[int]]:
-    """Which documents share a row: each, the longest first, goes into the first row that has room for it.
+    """The documents of each row: each document, the longest first, goes into the first row with room for it.
 
-    A row takes `room` tokens, as long as any document or longer.
+    A row has `room` tokens, at least the length of the longest document.
     """
     rows: list[list[int]] = []
-    left = np.zeros(len(lengths), np.int64)  # as many rows as documents at the most
+    left = np.zeros(len(lengths), np.int64)  # at most as many rows as documents
     for i in np.argsort(-lengths, kind="stable").tolist():
         fits = int(np.argmax(np.append(left[: len(rows)] >= lengths[i], True)))
         if fits == len(rows):
@@ -29,9 +29,9 @@ def first_fit_decreasing(lengths: Int[np.ndarray, " S"], room: int) -> list[list
 
 
 def packed(rows: Sequence[Sequence[Document]], size: int, room: int, ids: Ids, count: int) -> tuple[Packed, int]:
-    """[count size room]: rows in `count` micro batches of `size`, filled up with rows that predict nothing; and the documents' tokens.
+    """The batch [count size room], filled up with rows that predict nothing, and the number of the documents' tokens.
 
-    What a row has left is a document of its own, which predicts nothing either.
+    The rest of a row is a document of its own, which predicts nothing.
     """
     tokens = np.full((count * size, room), PAD)
     labels = np.full((count * size, room), IGNORE)
@@ -41,7 +41,7 @@ def packed(rows: Sequence[Sequence[Document]], size: int, room: int, ids: Ids, c
         at = 0
         for item in documents:
             end = at + write(item, tokens[row, at:], labels[row, at:], ids)
-            labels[row, at] = IGNORE  # its predecessor is another document's last token
+            labels[row, at] = IGNORE  # the token before it belongs to another document
             first[row, at:end] = at
             at = end
         first[row, at:] = at

@@ -1,7 +1,7 @@
-"""A shard's file, read a part at a time, and believed only as far as its checksum goes.
+"""A shard's file, read a part at a time after its checksum was verified.
 
-The file is not mapped: one that is cut short while it is in use is an error like any other, where a mapped page would be a signal
-that ends the process. Its descriptor is not kept: a set has thousands of shards.
+The file is not memory-mapped: if it is truncated while in use, a read raises an error, whereas a mapped page would kill the process by
+a signal. It is opened for each read: a set has thousands of shards.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ Identity = tuple[int, ...]
 
 @contextmanager
 def whole(path: Path) -> Iterator[None]:
-    """An error of the block is an InputError that names the file."""
+    """Within the block errors become an InputError that names the file."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -38,8 +38,8 @@ def digest(path: Path) -> str:
 
 
 class Parts:
-    """The arrays of a shard, by name. Raises InputError, here and while reading, where the file is not whole or not the one that
-    `sha256` was taken of (None: not known); that is looked at once, and again whenever the file was changed since."""
+    """The arrays of a shard, by name. Raises InputError, here and while reading, if the file is damaged or its SHA-256 is not `sha256`
+    (None: unknown); the hash is checked once, and again after each change of the file."""
 
     def __init__(self, path: Path, sha256: str | None = None):
         self.path, self._sha256 = path, sha256
@@ -48,16 +48,16 @@ class Parts:
             self.stored, self.about = safetensors_file(path)
 
     def count(self, name: str) -> int:
-        """Elements of a part."""
+        """The number of elements of a part."""
         return self.stored[name].nbytes // self.stored[name].dtype.itemsize
 
     def array(self, name: str) -> np.ndarray:
-        """A whole part."""
+        """A whole part as an array."""
         (flat,) = self.slices({name: slice(0, self.count(name))})
         return flat.reshape(self.stored[name].shape)
 
     def slices(self, wanted: dict[str, slice]) -> list[np.ndarray]:
-        """These elements of parts, which are taken for flat."""
+        """For each part these elements of it, as if it were flat."""
         with whole(self.path), reading.opened(self.path, EXPECTED) as file:
             if _identity(file.fileno()) != self._as_checked:
                 self._as_checked = self._checked(file.fileno())

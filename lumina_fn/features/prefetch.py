@@ -1,4 +1,4 @@
-"""Work that is done ahead by a thread, so that a step does not wait for its batch."""
+"""Prepare items ahead in a thread, so that a step does not wait for its batch."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,9 +22,9 @@ class _Ended(NamedTuple):
 
 @contextmanager
 def ahead(items: Iterable[T], depth: int = 4) -> Iterator[Iterator[T]]:
-    """The items, of which a thread makes up to `depth` before they are asked for. What it raises is raised where they are read.
+    """An iterator of the items, of which a thread makes up to `depth` in advance. An error of the thread is raised by the iterator.
 
-    The thread ends with the context, whether all items were read or not.
+    The thread ends with the block, even if not all items were read.
     """
     made: SimpleQueue[_Made | _Ended] = SimpleQueue()
     room, stopped = threading.Semaphore(depth), threading.Event()
@@ -36,7 +36,7 @@ def ahead(items: Iterable[T], depth: int = 4) -> Iterator[Iterator[T]]:
                 made.put(_Made(next(source)))
         except StopIteration:
             made.put(_Ended(None))
-        except BaseException as error:  # whatever it is, the reader is who can act on it
+        except BaseException as error:  # of any kind: it is raised again for the reader
             made.put(_Ended(error))
 
     def read() -> Iterator[T]:
@@ -57,7 +57,7 @@ def ahead(items: Iterable[T], depth: int = 4) -> Iterator[Iterator[T]]:
 
 
 def pinned(tree: T, device: torch.device) -> T:
-    """The tree with its tensors where `device` copies them from while the host goes on; for a CPU as it is."""
+    """The tree with tensors in pinned memory, from which `device` copies asynchronously; unchanged for a CPU."""
     if device.type == "cpu":
         return tree
     return pytree.tree_map_only(torch.Tensor, lambda x: x.pin_memory(), tree)

@@ -1,4 +1,4 @@
-"""Stored features straight into the rows of a batch: what `FeatureSet[i]` gives as lists, at the speed of memory."""
+"""Write stored features directly into the rows of a batch: the ids and labels of `FeatureSet[i]`, at the speed of memory."""
 
 from typing import NamedTuple
 
@@ -10,28 +10,28 @@ from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, Ids, image_length
 
 
 class Document(NamedTuple):
-    """An item on its way into a row."""
+    """An item to be written into a row."""
 
     feature: Feature
-    captioned: bool  # whether its text and last separator are left on it
+    captioned: bool  # whether its text and last separator are kept
 
 
 def document(feature: Feature, dropped: bool, ids: Ids) -> Document:
-    """A feature as the item of an epoch that drops its caption or not; a text that holds a picture keeps it, as in `data.drop_caption`."""
+    """A feature as a document, with its caption dropped or not; a text with a picture in it is never dropped, as in `data.drop_caption`."""
     return Document(feature, not dropped or ids.end in feature.text)
 
 
 def length(item: Document) -> int:
-    """Tokens of an item."""
+    """The number of tokens of an item."""
     return image_length(*item.feature.codes.shape) + (len(item.feature.text) + 1 if item.captioned else 0)
 
 
 def write(item: Document, tokens: Int[np.ndarray, " T"], labels: Int[np.ndarray, " T"], ids: Ids) -> int:
-    """The item's tokens and labels at the start of these; what does not fit is cut. Returns how many tokens did fit."""
+    """Write the item's tokens and labels to the start of these arrays, cut to their length; the number of tokens written."""
     whole = length(item)
     if whole > len(tokens):
         longer = np.empty((2, whole), tokens.dtype)
-        write(item, *longer, ids)
+        write(item, longer[0], longer[1], ids)
         tokens[:], labels[:] = longer[:, : len(tokens)]
         return len(tokens)
     codes, text = item.feature.codes, item.feature.text if item.captioned else []

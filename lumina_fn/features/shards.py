@@ -1,7 +1,7 @@
-"""A feature set's files: shards that hold items, and an index that says which shards, in which order, make the set.
+"""A feature set's files: shards that hold items, and an index that lists the set's shards in order.
 
-A shard is written once, whole, and never changed; its name ends with a key of what it was made from. The index is the one
-file that is replaced: what it names was there before it, so a set is at every moment the old one or the new one.
+A shard is written once, atomically, and never changed; its name ends with a hash of its inputs. Only the index is ever replaced, after
+the shards that it names are complete, so that a set is at every moment the old or the new one.
 """
 
 import hashlib
@@ -32,12 +32,14 @@ SHARD_ITEMS = 1024  # 19 MB at 768 px
 KEY = 12  # hex digits of a hash, in names
 Natural = Annotated[int, Meta(ge=0, le=1 << 53)]
 _ABOUT = (
-    "about"  # the one entry of a shard's metadata: several would stand in any order, and shards are compared bytewise
+    "about"  # the only entry of a shard's metadata: the order of several is undefined, and shards are compared bytewise
 )
 
 
 class Feature(NamedTuple):
-    row: int  # in the input
+    """A training item as a shard stores it: the ids of its text and the codes of its picture."""
+
+    row: int  # index in the input
     text: list[int]  # ids before the picture
     codes: Integer[np.ndarray, "h w"]
     sha256: bytes = bytes(32)  # of the picture's file; zeros: unknown
@@ -45,7 +47,7 @@ class Feature(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A row that could not be used."""
+    """A row of the input that could not be used."""
 
     row: int
     file: str | None
@@ -54,10 +56,10 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a feature set was made with."""
+    """The settings and models that a feature set was made with."""
 
     size: int  # pixels of the target's side
-    seed: int  # of the prompt variants
+    seed: int  # seed of the prompt variants
     ids: Ids
     tokenizer: str  # fingerprint
     vq: str  # fingerprint; empty: unknown
@@ -65,19 +67,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class Entry:
-    """A shard as the index knows it."""
+    """A shard as the index describes it."""
 
     file: str
-    count: Natural  # of its items
+    count: Natural  # number of its items
     bytes: Natural
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = (
-        None  # of the file; an older version's index has none
+        None  # of the file; None in the index of an older version
     )
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """What INDEX holds, as JSON."""
+    """The content of INDEX, as JSON."""
 
     format: Literal["lumina_fn/features/2"]
     count: Natural
@@ -88,17 +90,18 @@ class IndexFile:
 
 
 class Content(NamedTuple):
-    """A shard but for its texts and codes."""
+    """A shard without its texts and codes."""
 
     rows: Int[np.ndarray, " n"]
     lengths: Int[np.ndarray, "n 3"]  # text ids, rows of codes, columns
     sha256: UInt8[np.ndarray, "n 32"]
     sources: Int[np.ndarray, "n 2"]
     rejected: list[Rejected]
-    largest_id: int  # of any item; -1 where there is none
+    largest_id: int  # of all items; -1 if there are none
 
 
 def name(number: int, key: str) -> str:
+    """The file name of shard `number`; it ends with the first KEY digits of the hash `key`."""
     return f"features-{number:05d}-{key[:KEY]}.safetensors"
 
 
@@ -106,12 +109,12 @@ _OURS = re.compile(r"(features-\d{5,}|index)-[0-9a-f]{12}\.safetensors", re.ASCI
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of a set's folder has a name that `write` or `finish` gives."""
+    """Whether `write` or `finish` gives files this name."""
     return name == INDEX or _OURS.fullmatch(name) is not None
 
 
 def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected], ids: Ids) -> str:
-    """One shard; returns its SHA-256. It appears whole, by a rename; the same features give the same bytes."""
+    """Write a shard atomically; its SHA-256. Equal features give equal bytes."""
     end_to_end = lambda parts, dtype: np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="unsafe")
     about = {"largest_id": max((largest_id(f, ids) for f in features), default=-1), "rejected": rejected}
     shard = {
@@ -128,13 +131,13 @@ def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected],
 
 
 def largest_id(feature: Feature, ids: Ids) -> int:
-    """The largest of an item's ids."""
+    """The largest id of an item."""
     size = ids.size0 + max(feature.codes.shape) // CODES_PER_PATCH
     return max(*feature.text, size, ids.code0 + int(feature.codes.max()), ids.start, ids.end, ids.newline, ids.sep)
 
 
 def read(path: Path) -> Content:
-    """Raises InputError for a file that is no shard, or not whole."""
+    """The content of a shard. Raises InputError for a file that is no shard, or a damaged one."""
     shard = Parts(path)
     with whole(path):
         about = reading.parsed(About, shard.about[_ABOUT], path, EXPECTED)
@@ -149,7 +152,7 @@ def read(path: Path) -> Content:
 
 
 def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]]) -> int:
-    """Make these shards (name, content, SHA-256) the set that lies in the folder; returns how many items it has."""
+    """Write the index that makes these shards (name, content, SHA-256) the folder's set; the number of its items."""
     shards = [(name, content) for name, content, _ in made]
     rows, lengths = (
         np.concatenate([np.zeros((0, *shape), dtype), *(getattr(content, part) for _, content in shards)], dtype=dtype)
@@ -167,13 +170,13 @@ def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]
 
 
 def names(folder: Path) -> set[str]:
-    """The files of a finished set that `FeatureSet` reads."""
+    """The names of the files of a finished set that `FeatureSet` reads."""
     index = read_index_file(folder)
     return {INDEX, index.items, *(entry.file for entry in index.shards)}
 
 
 def write_features(folder: Path, features: Iterable[Feature], origin: Origin) -> int:
-    """A finished set in an existing folder; returns how many features came. A shard's worth is held in memory."""
+    """Write these features as a finished set in an existing folder; their number. One shard at a time is in memory."""
     features, shards = iter(features), []
     while part := list(islice(features, SHARD_ITEMS)):
         key = hashlib.sha256(repr((asdict(origin), part[0].row, part[-1].row)).encode()).hexdigest()
@@ -185,14 +188,14 @@ def write_features(folder: Path, features: Iterable[Feature], origin: Origin) ->
 
 @dataclass(frozen=True)
 class About:
-    """What a shard's metadata says."""
+    """The content of a shard's metadata."""
 
     largest_id: int
     rejected: list[tuple[Natural, str | None, str]]
 
 
 class Index(NamedTuple):
-    """What `finish` wrote."""
+    """The index that `finish` wrote."""
 
     origin: Origin
     largest_id: int
@@ -202,7 +205,7 @@ class Index(NamedTuple):
 
 
 def read_index_file(folder: Path) -> IndexFile:
-    """Raises InputError for a folder that is no feature set."""
+    """The content of a folder's INDEX. Raises InputError for a folder that is no feature set."""
     path = folder / INDEX
     if path.exists():
         untrusted_folder.file(folder, INDEX)
@@ -214,7 +217,7 @@ def read_index_file(folder: Path) -> IndexFile:
 
 
 def read_index(folder: Path) -> Index:
-    """Raises InputError for a folder that is no feature set, or not whole. Shards are looked at, and not opened."""
+    """The index of a folder. Raises InputError for a folder that is no feature set, or an incomplete one. Shards are not opened."""
     index = read_index_file(folder)
     for file in (MANIFEST, QUARANTINE):
         if os.path.lexists(folder / file):
@@ -241,7 +244,7 @@ def read_index(folder: Path) -> Index:
 def manifest(
     shard: str, content: Content, file_of: Mapping[int, str | None], crop_of: Callable[[tuple[int, int]], Any]
 ) -> Iterator[dict[str, Any]]:
-    """What became of each of a shard's rows, in their order; `crop_of(source)` says how a picture of that size was cut."""
+    """What became of each row of a shard, in order; `crop_of(source)` is the crop of a picture of that size."""
     lengths = content.lengths[:, 1] * content.lengths[:, 2]
     ends = np.cumsum(lengths)
     lines: dict[int, dict[str, Any]] = {}

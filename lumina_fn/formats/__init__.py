@@ -1,12 +1,12 @@
-"""Files of other tools, and of the released weights: where their tensors lie and what they are called. No pickle is executed.
+"""Files of other tools and of the released weights: the places and names of their tensors. No pickle is executed.
 
 names          parameter names: tree paths here, state dict keys there
 hf_config      a Hugging Face config.json as a ModelConfig
-vq_config      the sizes of a MoVQGAN, read off its tensors
-tensor_files   where each tensor's bytes lie, and how they get elsewhere in chunks
+vq_config      the sizes of a MoVQGAN, inferred from its tensors
+tensor_files   the place of each tensor's bytes, and copies of them in chunks
 torch_zip      .pt and .ckpt files
 dcp            folders of torch.distributed.checkpoint
 mindspeed      folders of MindSpeed-MM
-safe_pickle    the pickle inside a torch file, read without running it
+safe_pickle    the pickle inside a torch file, read without executing it
 plain_pickle   a pickle of lists, dicts, ints and strings
 """

@@ -1,7 +1,7 @@
-"""Checkpoint folders of torch.distributed.checkpoint (Megatron's torch_dist is one): where their tensors lie, no pickle being run.
+"""Checkpoint folders of torch.distributed.checkpoint (Megatron's torch_dist is one): the places of their tensors. No pickle is executed.
 
-`.metadata` is a pickle that names each tensor's shape and chunks, and the file, offset and length of each chunk; there stands
-what torch.save made of it. It is read as inert records, and every number in it is held against the files.
+`.metadata` is a pickle with each tensor's shape and chunks, and each chunk's file, offset and length; a chunk is what torch.save
+wrote. The pickle is read as inert records, and every number in it is checked against the files.
 """
 
 import math
@@ -20,7 +20,7 @@ from lumina_fn.formats.safe_pickle import Global, Record
 from lumina_fn.formats.tensor_files import Later, Stored
 
 METADATA = ".metadata"
-MAX_BYTES = 64 << 20  # of .metadata: a 7.88B model's on 8 ranks takes 0.5 MB, with AdamW's state four times that
+MAX_BYTES = 64 << 20  # limit of .metadata: a 7.88B model on 8 ranks takes 0.5 MB, with AdamW's state four times that
 MAX_OPS = 4_000_000
 
 _WHERE = "torch.distributed.checkpoint."
@@ -45,12 +45,16 @@ class Chunk(NamedTuple):
 
 
 class Described(NamedTuple):
+    """A tensor's shape, dtype and chunks, as .metadata describes them."""
+
     shape: Sizes
     dtype: torch.dtype
     chunks: list[Chunk]
 
 
 class Place(NamedTuple):
+    """Where a chunk's bytes lie: the file's name in the folder, offset and length in bytes."""
+
     name: str
     offset: int
     length: int
@@ -59,10 +63,10 @@ class Place(NamedTuple):
 def tensors(
     folder: Path, wanted: Callable[[str], bool], top: Path | None = None
 ) -> tuple[dict[str, Stored | Later], list[str]]:
-    """The folder's tensors that are wanted, by key, each checked to be there whole; and the keys of all else that it holds.
+    """The wanted tensors of a folder by key, each checked to be complete; and the keys of everything else in it.
 
-    A tensor of several chunks is put together when it is written, one at a time. InputError for whatever is wrong, a file
-    outside of the folder (or of `top`, which it is in) included.
+    A tensor of several chunks is assembled when it is written, one at a time. Raises InputError for any fault, such as a file
+    outside of the folder (or outside of `top`, which contains it).
     """
     path = untrusted_folder.file(folder, METADATA, top)
     try:
@@ -162,7 +166,7 @@ def _described(key: str, fields: Mapping) -> Described:
 
 
 def _is_grid(shape: Sizes, chunks: list[Chunk]) -> bool:
-    """Whether the chunks are the cells of a grid over the whole tensor, each there once: what every way of sharding makes."""
+    """Whether the chunks are the cells of a grid over the whole tensor, each exactly once, as every sharding makes them."""
     if any(not len(c.offsets) == len(c.sizes) == len(shape) for c in chunks):
         return False
     cells = 1
@@ -185,12 +189,12 @@ def _places(storage: Mapping, described: Mapping[str, Described]) -> Iterator[tu
         key = at.get("fqn")
         if type(key) is not str or key not in described or "offset" not in at:
             continue
-        place = Place(where.get("relative_path"), where.get("offset"), where.get("length"))
-        if tuple(map(type, place)) != (str, int, int) or place.offset < 0 or place.length < 0:
+        name, offset, length = (where.get(field) for field in ("relative_path", "offset", "length"))
+        if type(name) is not str or type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
             raise ValueError("a place is no name, offset and length")
         if where.get("transform_descriptors"):
             raise ValueError("its chunks are compressed or otherwise transformed: save it without extensions")
-        yield (key, _sizes(at["offset"])), place
+        yield (key, _sizes(at["offset"])), Place(name, offset, length)
 
 
 def _fields(value: object, kind: Global) -> dict:

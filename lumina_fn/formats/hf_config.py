@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError, listed, printable
 from lumina_fn.vocab import LUMINA_CODE0, LUMINA_CODES, LUMINA_END, LUMINA_NEWLINE, LUMINA_START, LUMINA_VOCAB, Ids
 
-LARGEST = 1 << 24  # of any size; keeps a product of two far from overflow
-IMAGE_TOKEN = "IMGIMG"  # how the names of image ids in `vocabulary_map` begin
+LARGEST = 1 << 24  # limit of any size; a product of two is far from overflow
+IMAGE_TOKEN = "IMGIMG"  # prefix of the names of image ids in `vocabulary_map`
 
-# Ours -> theirs. A field that config.json lacks has Hugging Face's default (Chameleon's), or is read off the tensors (None).
+# Our name -> theirs and a default. A missing field has Hugging Face's default (Chameleon's), or is inferred from the tensors (None).
 _SIZES = {
     "vocab": ("vocab_size", None),
     "width": ("hidden_size", None),
@@ -24,7 +25,7 @@ _SIZES = {
     "rope_theta": ("rope_theta", 10_000.0),
     "swin_norm": ("swin_norm", False),
 }
-_ONLY = {  # options that the released model lacks: this value, or an error
+_ONLY = {  # options that the released model does not use: any other value is an error
     "attention_bias": False,
     "mlp_bias": False,
     "model_parallel_size": 1,
@@ -37,7 +38,7 @@ _ONLY = {  # options that the released model lacks: this value, or an error
     "quantization_config": None,
 }
 _DROPOUT = ("dropout", "attention_dropout", "hidden_dropout", "resid_dropout", "embd_dropout")
-# Read elsewhere, or changes nothing that is computed here: names, storage, token ids, generation defaults, the unused VQ of Chameleon.
+# Fields that are read elsewhere, or do not affect the computation: names, storage, token ids, generation defaults, the unused VQ of Chameleon.
 _NEUTRAL = frozenset(
     """ids mask_image_logits vocabulary_map vq_config z_loss_weight initializer_range bos_token_id eos_token_id sep_token_id
     decoder_start_token_id image_token_id architectures model_type torch_dtype dtype transformers_version auto_map name _name_or_path _commit_hash
@@ -53,7 +54,7 @@ _NEUTRAL = frozenset(
 
 
 def of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that tensors' shapes (by tree path) tell; those whose tensors are missing or misshapen are left out."""
+    """The sizes inferred from tensors' shapes (by tree path), without those whose tensors are missing or have a wrong rank."""
     layer: dict[str, tuple[int, ...]] = {}
     for path, shape in shapes.items():
         if len(shape) == 2:
@@ -73,9 +74,9 @@ def of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[ModelConfig, list[str]]:
-    """The model that a config.json describes, and remarks for the user; InputError that lists every field that cannot be honoured.
+    """The model that a config.json describes, and remarks for the user. Raises InputError, which lists every unsupported field.
 
-    `sizes` stand in for sizes that the config leaves out.
+    `sizes` replace sizes that the config omits.
     """
     unknown = (
         config.keys() - _NEUTRAL - _ONLY.keys() - {name for name, _ in _SIZES.values()} - set(_DROPOUT) - {"head_dim"}
@@ -128,7 +129,7 @@ def problems(values: Mapping) -> list[str]:
 
 
 def _masked_ids(config: Mapping, wrong: list[str]) -> tuple[int, ...]:
-    """Image ids, if the config (or its silence, which means the same) wants their logits masked."""
+    """The image ids, if the config masks their logits, as it does by default; else ()."""
     mask, names = config.get("mask_image_logits"), config.get("vocabulary_map")
     if mask not in (None, True, False):
         wrong.append(f"mask_image_logits is {mask!r:.200}, expected true or false")
@@ -148,7 +149,7 @@ def _masked_ids(config: Mapping, wrong: list[str]) -> tuple[int, ...]:
 
 
 def read_ids(own: object, vocab: object, wrong: list[str]) -> Ids | None:
-    """The special ids that a config.json carries, if any; what is wrong with them is added to `wrong`."""
+    """The special ids in a config.json, or None; faults are appended to `wrong`."""
     if own is None:
         return None
     names = [f.name for f in fields(Ids)]
@@ -172,7 +173,7 @@ def read_ids(own: object, vocab: object, wrong: list[str]) -> Ids | None:
 
 
 def write(cfg: ModelConfig, source: Mapping | None) -> dict:
-    """A config.json for this model: `source` as it is where it describes the same model, else with the fields that differ replaced."""
+    """A config.json for this model: `source` unchanged if it describes the same model, else with the fields that differ replaced."""
     if source is not None:
         try:
             same = replace(parse(source, asdict(cfg), "config.json")[0], ids=None) == replace(cfg, ids=None)
@@ -180,7 +181,7 @@ def write(cfg: ModelConfig, source: Mapping | None) -> dict:
             same = False
         if same:
             return dict(source)
-    result = dict(
+    result: dict[str, Any] = dict(
         source or {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon_xllmx"}
     )
     result |= {theirs: getattr(cfg, ours) for ours, (theirs, _) in _SIZES.items()}

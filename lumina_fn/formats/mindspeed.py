@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ ITERATION = "latest_checkpointed_iteration.txt"
 RELEASE = "release/mp_rank_00/model_optim_rng.pt"
 
 _RANK, _WEIGHTS = "mp_rank_00", "model_optim_rng.pt"
-# What stands around a weight's own name, read in MindSpeed-MM at d675f5ca^ and in Megatron-LM core_v0.12.1:
+# Prefixes and suffixes around a weight's own name, according to MindSpeed-MM at d675f5ca^ and in Megatron-LM core_v0.12.1:
 # - torch (mp_rank_00): nothing, lumina_model.py's state_dict_for_save_checkpoint starts below `Lumina.model`;
 # - torch_dcp: `model.`, the entry of checkpointing.py's generate_state_dict that the weights are in;
 # - torch_dist (pretrain.sh): `model.`, since MegatronModule.sharded_state_dict starts at `Lumina`; with use_fsdp1 also `module.`,
@@ -25,30 +25,32 @@ _RANK, _WEIGHTS = "mp_rank_00", "model_optim_rng.pt"
 # - inside, what PyTorch's wrappers add where their own state_dict hooks do not run.
 _OUTER = re.compile(r"\A(?:module\.|model\.)+(?=model\.|lm_head\.)")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-# What stands beside the weights (Megatron-LM's generate_state_dict; `optim` as torch's own examples call it).
+# Entries beside the weights (Megatron-LM's generate_state_dict; `optim` as torch's own examples call it).
 _BESIDE = re.compile(
     r"(?:chained_\d+\.)?(?:optimizer|optim|opt_param_scheduler|rng_state|rerun_state_machine\w*|args|iteration)(?:[./].*)?",
     re.DOTALL,
 )
 
-KINDS = 10  # that are listed of what stands beside the weights: a checkpoint has at most so many
+KINDS = 10  # of entries beside the weights that are listed: a checkpoint has no more
 
 
 class Found(NamedTuple):
+    """The weights of a checkpoint folder; `what` names the kind of folder, `remarks` are for the user."""
+
     what: str
-    tensors: dict[str, Stored | Later]  # by the weight's own name, Hugging Face's
+    tensors: dict[str, Stored | Later]  # by the weight's own name, which is Hugging Face's
     remarks: list[str]
 
 
 def is_there(path: Path) -> bool:
-    """Whether the folder looks like one with checkpoints, or like a checkpoint."""
+    """Whether the folder looks like a folder of checkpoints, or like a checkpoint."""
     return any((path / name).exists() for name in (ITERATION, dcp.METADATA, _RANK))
 
 
 def read(path: Path, base: Stored | Later | None) -> Found:
-    """The weights that a folder's newest checkpoint, or the checkpoint that the folder is, holds.
+    """The weights of a folder's newest checkpoint, or of the checkpoint that the folder is.
 
-    `base` is the last norm of the model that training began with, where a part of it was not saved.
+    `base` is the last norm of the model that training began with, needed if a part of it was not saved. Raises InputError.
     """
     if (path / ITERATION).exists():
         folder, what = _newest(path)
@@ -104,11 +106,11 @@ def _distributed(folder: Path, top: Path) -> tuple[dict[str, Stored | Later], li
 
 
 def plain_key(key: str) -> str:
-    """The weight's own name, without what MindSpeed, Megatron and PyTorch put around it."""
+    """The weight's own name, without the prefixes and suffixes of MindSpeed, Megatron and PyTorch."""
     return _OUTER.sub("", _WRAPPERS.sub("", key))
 
 
-def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored | Later]:
+def _plain(folder: Path, found: Mapping[str, Stored | Later]) -> dict[str, Stored | Later]:
     plain = {plain_key(key): tensor for key, tensor in found.items()}
     if len(plain) != len(found):
         twice = [key for key, n in Counter(map(plain_key, found)).items() if n > 1]
@@ -119,11 +121,11 @@ def _plain(folder: Path, found: dict[str, Stored | Later]) -> dict[str, Stored |
 def _whole_norm(
     folder: Path, tensors: dict[str, Stored | Later], base: Stored | Later | None
 ) -> tuple[dict[str, Stored | Later], list[str]]:
-    """The tensors with a whole last norm, the values that the folder lacks taken from `base`; InputError where that is needed and None.
+    """The tensors with a complete last norm, missing values taken from `base`, and remarks. Raises InputError if `base` is needed and None.
 
-    With use_fsdp1, sharded_state_dict goes around FSDP's own hooks, and this one weight of the outermost FSDP unit is saved as
-    the flat part that one rank holds (seen with Megatron-LM core_v0.12.1 on two ranks): the rest is nowhere in the folder.
-    Which part it is, the file's name tells: __RANK_N.distcp.
+    With use_fsdp1, sharded_state_dict bypasses FSDP's hooks, and this one weight of the outermost FSDP unit is saved as the flat part
+    of a single rank (observed with Megatron-LM core_v0.12.1 on two ranks): the other parts are not in the folder. The file's name,
+    __RANK_N.distcp, tells the rank.
     """
     norm, embed = tensors.get("model.norm.weight"), tensors.get("model.embed_tokens.weight")
     width = embed.shape[1] if embed is not None and len(embed.shape) == 2 else 0

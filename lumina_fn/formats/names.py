@@ -1,9 +1,9 @@
-"""What each parameter is called: tree paths here, state dict keys there; one table per tree, read both ways."""
+"""The names of parameters: our tree paths and other tools' state dict keys, in one table per tree that is read in both directions."""
 
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import optree
 from torch import Tensor
@@ -78,9 +78,9 @@ _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,5})(?![^.])", re.ASCII)
 
 @cache
 def _by_form(table: Table, column: int) -> dict[str, list[tuple[re.Pattern[str], str]]]:
-    """What matches each name of a column, and the other column's name; found by the name with a * for every number.
+    """For each form of a name (with a * for every number), the patterns of a column that may match, and the other column's name.
 
-    A stranger's file may hold a million keys: none of them is held against every row.
+    A foreign file may hold a million keys: the form avoids matching each of them against every row.
     """
     found: dict[str, list[tuple[re.Pattern[str], str]]] = {}
     for row in table:
@@ -107,7 +107,14 @@ def to_source(path: str, table: Table) -> str | None:
     return _renamed(path, table, 0)
 
 
-def flatten(tree: object) -> dict[str, Tensor]:
+def key_of(path: str, table: Table) -> str:
+    """Their key for a path of a tree that the table describes whole. Raises KeyError for a path it does not know."""
+    if (key := to_source(path, table)) is None:
+        raise KeyError(path)
+    return key
+
+
+def flatten(tree: Any) -> dict[str, Tensor]:
     """The tree's tensors by path: fields and positions joined by dots, such as blocks.0.q_norm.gain."""
     accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
     return {
@@ -116,5 +123,6 @@ def flatten(tree: object) -> dict[str, Tensor]:
 
 
 def unflatten(like: Tree, tensors: Mapping[str, Tensor]) -> Tree:
-    """A tree shaped as `like` with the tensors of these paths; KeyError for one that is missing."""
-    return optree.tree_unflatten(optree.tree_structure(like), [tensors[path] for path in flatten(like)])
+    """A tree of the structure of `like` with the tensors of these paths. Raises KeyError for a missing one."""
+    spec = optree.tree_structure(cast("Any", like))
+    return cast("Tree", optree.tree_unflatten(spec, [tensors[path] for path in flatten(like)]))

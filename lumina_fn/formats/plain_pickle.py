@@ -1,11 +1,13 @@
-"""A pickle of lists, dicts, ints and strings, read without running it; whatever else it asks for is refused by its name.
+"""A pickle of lists, dicts, ints and strings, read without executing it; any other content is an error that names it.
 
-The machine admits the operations that build those four and no others, so there is nothing that could import, call or set.
+Only the operations that build those four types are implemented: none of them imports, calls or sets anything.
 """
 
 import pickletools
 import struct
+from typing import TypeVar
 
+T = TypeVar("T")
 MAX_BYTES = 8 << 20  # features of 10,240 tokens and as many labels take 100 KB
 MAX_DEPTH = 16  # of lists and dicts that are open at once
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
@@ -18,9 +20,9 @@ _SKIPPED = {0x80: 1, 0x95: 8}  # PROTO, FRAME
 
 
 def loads(data: bytes) -> object:
-    """The value. Lists may hold each other, even themselves: never walk into one unbounded.
+    """The pickled value. A list may contain itself: limit the depth when walking into it.
 
-    Raises ValueError, naming what was refused, for any other pickle.
+    Raises ValueError, which names the unsupported content, for any other pickle.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_BYTES}")
@@ -38,7 +40,7 @@ def _run(data: bytes) -> object:
     while True:
         op = data[at]
         at += 1
-        if op == _RUN_OF:  # nearly all of a feature file: as many in a row as there are
+        if op == _RUN_OF:  # nearly all of a feature file: a run of them is read at once
             codes = data[at - 1 : at - 1 + MAX_RUN * _RUN.size : _RUN.size]
             count = min(len(codes) - len(codes.lstrip(b"J")), (len(data) - at + 1) // _RUN.size)
             end = at - 1 + max(count, 1) * _RUN.size
@@ -103,7 +105,7 @@ def _taken(data: bytes, at: int, length: int) -> bytes:
     return data[at : at + length]
 
 
-def _of(kind: type, value: object):
+def _of(kind: type[T], value: object) -> T:
     if type(value) is not kind:
         raise TypeError
     return value
@@ -116,7 +118,7 @@ def _put(target: object, items: list) -> None:
 
 
 def _asked(data: bytes, at: int, stack: list) -> str:
-    """The operation's name, and the class or function that it wants."""
+    """The name of an unsupported operation, and of the class or function that it refers to."""
     name = _NAMES.get(data[at - 1], f"operation {data[at - 1]}")
     if name in ("GLOBAL", "INST"):
         words = [line.decode(errors="replace") for line in data[at : at + 200].split(b"\n")[:2]]

@@ -1,16 +1,16 @@
-"""Read the pickle inside a torch file without running it: no import, no call, no attribute is ever set.
+"""Read the pickle inside a torch file without executing it: nothing is imported or called, no attribute is set.
 
-A pickle is a program for a small stack machine. Here is a machine that knows dicts, lists, numbers and strings, and the few
-records by which torch names a tensor (its rebuild functions and storages). A caller may name classes whose objects it wants to
-see: they become a `Record` of what the file says about them. Whatever else a file asks for (a class, a function, an object's
-state) becomes an `Inert` that only remembers the name.
+A pickle is a program for a small stack machine. This machine supports dicts, lists, numbers and strings, and the few records by
+which torch describes a tensor (its rebuild functions and storages). A caller may name classes whose objects it wants to read: each
+becomes a `Record` of its arguments and state. Anything else (a class, a function, an object's state) becomes an `Inert` with its
+name only.
 """
 
 import pickletools
 import struct
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_BYTES = 8 << 20  # a 7.88B model's takes 50 KB
 MAX_OPS = 500_000  # a state dict needs about 40 for each tensor
@@ -18,12 +18,16 @@ MAX_RANK = 8
 
 
 class StorageRef(NamedTuple):
+    """A storage that the pickle refers to; its bytes are another member of the zip file."""
+
     kind: str  # torch's legacy storage class, such as BFloat16Storage
     key: str  # the member data/KEY of the zip file
     numel: int
 
 
 class TensorRef(NamedTuple):
+    """A tensor that the pickle refers to: a strided view of a storage."""
+
     storage: StorageRef
     offset: int  # in elements, like the strides
     shape: tuple[int, ...]
@@ -38,12 +42,14 @@ class Global(NamedTuple):
 
 
 class Inert(NamedTuple):
+    """The substitute for anything else in the pickle; `what` names it."""
+
     what: str
 
 
 @dataclass(eq=False)  # as a dict's key it is compared by identity: nothing foreign is hashed
 class Record:
-    """An object of a class that the caller named: what it was called with, and its state. The class is never looked up."""
+    """An object of a class that the caller named: its arguments and its state. The class is never looked up."""
 
     kind: Global
     args: tuple
@@ -86,6 +92,7 @@ def _run(data: bytes, records: Set[Global], max_ops: int) -> object:
     stack: list = []
     marked: list[list] = []
     memo: dict[int, object] = {}
+    arg: Any  # its type depends on the operation
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
         if count > max_ops:
             raise ValueError(f"the pickle has more than {max_ops} operations")
@@ -142,7 +149,7 @@ def _run(data: bytes, records: Set[Global], max_ops: int) -> object:
                 case "REDUCE":
                     args, function = stack.pop(), stack.pop()
                     stack.append(_reduced(function, args, records))
-                case "BUILD":  # an object's state: but for a Record, the object stays what it is
+                case "BUILD":  # an object's state: kept for a Record, ignored otherwise
                     state = stack.pop()
                     if type(stack[-1]) is Record:
                         stack[-1].state = state
@@ -175,7 +182,7 @@ def _exactly(stack: list, n: int) -> tuple:
 
 
 def _close(op: str, arg: object, items: list, stack: list) -> None:
-    """Use up what stands above a mark."""
+    """Apply an operation that consumes the items above a mark."""
     match op:
         case "TUPLE" | "FROZENSET":
             stack.append(tuple(items))
@@ -219,7 +226,7 @@ def _reduced(function: object, args: object, records: Set[Global]) -> object:
         return args[0]
     if function == _REBUILD_TYPED and len(args) > 2 and args[0] in _REBUILD_TENSOR and type(args[2]) is tuple:
         return _tensor(args[2])
-    return Inert(f"{function.module:.99}.{function.name:.99}")  # each call makes one: a long name must not fill memory
+    return Inert(f"{function.module:.99}.{function.name:.99}")  # one per call: a long name must not fill memory
 
 
 def _tensor(args: tuple) -> TensorRef | Inert:

@@ -1,4 +1,4 @@
-"""Tensors in files: where each one's bytes lie, and how they get into another file or into memory a chunk at a time."""
+"""Tensors in files: the place of each one's bytes, and copies of them to a file or to memory, a chunk at a time."""
 
 import json
 import math
@@ -36,11 +36,11 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     stride: tuple[int, ...] | None = None
-    crc: int | None = None  # of those bytes, where the file knows it
+    crc: int | None = None  # checksum of those bytes, if the file has one
 
 
 class Later(NamedTuple):
-    """A tensor that is made when it is written, and held no longer."""
+    """A tensor that is made when it is written, and freed afterwards."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,12 +51,12 @@ Source = Stored | Tensor | Later
 
 
 def chunks(source: Source) -> Iterator[bytes | memoryview]:
-    """The tensor's elements as bytes in row-major order, at most CHUNK at a time for those stored so."""
+    """The tensor's elements as bytes in row-major order, at most CHUNK bytes at a time if they are stored in that order."""
     if isinstance(source, Later):
         yield from chunks(source.make())
     elif isinstance(source, Tensor):
         flat = source.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        yield from (memoryview(flat[i : i + CHUNK]) for i in range(0, flat.size, CHUNK))
+        yield from (flat[i : i + CHUNK].data for i in range(0, flat.size, CHUNK))
     elif source.stride is not None:
         raw = torch.frombuffer(bytearray(b"".join(_raw(source))), dtype=source.dtype)
         yield from chunks(raw.as_strided(source.shape, source.stride).contiguous())
@@ -80,14 +80,14 @@ def _raw(source: Stored) -> Iterator[bytes]:
 
 
 def read(source: Stored | Later, device: str | torch.device, dtype: torch.dtype, name: str | None = None) -> Tensor:
-    """The tensor in memory; beside it only one chunk is held. InputError for a number that is not finite, where it has a name."""
+    """The tensor in memory, read a chunk at a time. With `name`, raises InputError, which names it, for a number that is not finite."""
     out = torch.empty(math.prod(source.shape), device=device, dtype=dtype)
     _fill(out, source, name)
     return out.reshape(source.shape)
 
 
 def read_range(source: Stored | Later, begin: int, end: int, out: Tensor, name: str | None = None) -> None:
-    """Elements begin .. end of the tensor in row-major order into `out`; the rest stays unread."""
+    """Read elements begin .. end of the tensor, in row-major order, into `out`; the rest is not read."""
     if isinstance(source, Later) or source.stride is not None:  # rare: a .pt file may store a transposed tensor
         out.copy_(read(source, out.device, out.dtype, name).reshape(-1)[begin:end])
         return
@@ -102,7 +102,7 @@ def _fill(out: Tensor, source: Source, name: str | None) -> None:
     begin = 0
     for data in chunks(source):
         part = torch.frombuffer(bytearray(data), dtype=source.dtype)
-        # While it is in the cache: a fiftieth of what reading it took. NaN is both the least and the largest.
+        # While the part is in the CPU's cache: 1/50 of the time of reading it. With NaN, minimum and maximum are NaN.
         if name is not None and not all(map(math.isfinite, torch.aminmax(part))):
             where = f"{source.file}: " if isinstance(source, Stored) else ""
             raise InputError(f"{where}{printable(name)} holds NaN or infinity: its weights are damaged, get them again")
@@ -111,12 +111,12 @@ def _fill(out: Tensor, source: Source, name: str | None) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file; InputError if the file is truncated or its header contradicts itself."""
+    """Every tensor of a safetensors file by name. Raises InputError if the file is truncated or its header is inconsistent."""
     return safetensors_file(path)[0]
 
 
 def safetensors_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """`safetensors_header`, and the texts of the file's metadata."""
+    """`safetensors_header`, and the file's metadata."""
     with reading.opened(path, "a safetensors file") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -155,7 +155,7 @@ def _located(path: Path, data: int, entry: Mapping) -> Stored:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
     if (
-        len(shape) > MAX_RANK  # a product of millions of numbers takes hours
+        len(shape) > MAX_RANK  # the product of millions of sizes takes hours
         or any(type(n) is not int or not 0 <= n < 1 << 62 for n in (begin, end, *shape))
         or math.prod(shape) * dtype.itemsize != end - begin
     ):
@@ -164,7 +164,7 @@ def _located(path: Path, data: int, entry: Mapping) -> Stored:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Source], progress: Callable[[int], None]) -> None:
-    """One file, written a chunk at a time; `progress` is told the bytes written."""
+    """Write one file, a chunk at a time; `progress` is called with the number of bytes of each chunk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, tensor in tensors.items():
@@ -182,7 +182,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Source], progress: Calla
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Source], progress: Callable[[int], None] = lambda n: None) -> None:
-    """Safetensors files of at most SHARD bytes (more only for a single larger tensor) and their index, named as Hugging Face does."""
+    """Write safetensors files of at most SHARD bytes (more only for a single larger tensor) and their index, with Hugging Face's names."""
     shards = list(_shards(tensors.items()))
     where = {}
     for i, shard in enumerate(shards, 1):
@@ -205,5 +205,5 @@ def _shards(items: Iterable[tuple[str, Source]]) -> Iterator[dict[str, Source]]:
 
 
 def size_of(tensor: Source) -> int:
-    """Bytes of the tensor's elements."""
+    """The number of bytes of the tensor's elements."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize

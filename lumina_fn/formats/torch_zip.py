@@ -1,4 +1,4 @@
-"""torch's zip files (.pt, .ckpt): read without running their pickle or loading their tensors, written without holding them."""
+"""torch's zip files (.pt, .ckpt): read without executing their pickle or loading their tensors, written a chunk at a time."""
 
 import collections
 import errno
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._utils import _rebuild_tensor_v2
 
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
@@ -31,7 +32,7 @@ _CLASSES = {dtype: getattr(torch, name) for name, dtype in _KINDS.items()}
 
 
 class _Bounded(io.FileIO):
-    """Bytes begin .. begin + length of a file, as a file; it refuses the one large read there could be, of an endless list of members."""
+    """Bytes begin .. begin + length of a file, as a file; it refuses a read of more than a bounded size, such as a huge list of members."""
 
     def __init__(self, path: Path, begin: int = 0, length: int | None = None) -> None:
         super().__init__(reading.descriptor(path), "r")
@@ -56,9 +57,9 @@ class _Bounded(io.FileIO):
 
 
 def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of the first of `keys` that is a dict in the file, else of the file itself; and what else is in both.
+    """The tensors of the first of `keys` that is a dict in the file, else those of the file itself; and the names of all other entries.
 
-    Nothing in the file is run. Raises InputError for a damaged file, a compressed member, or one whose tensors claim more bytes
+    Nothing in the file is executed. Raises InputError for a damaged file, a compressed member, or tensors that claim more bytes
     than the file has.
     """
     with _archive(path) as (file, members, root):
@@ -69,14 +70,14 @@ def state_dict(path: Path, *keys: str) -> tuple[dict[str, Stored], list[str]]:
         refs = {name: ref for name, ref in entries.items() if type(ref) is safe_pickle.TensorRef}
         located = {}
         found = {name: _stored(path, file, members, located, ref) for name, ref in refs.items()}
-    if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice: weights may be tied
+    if sum(size_of(t) for t in found.values()) > 2 * path.stat().st_size:  # twice its size: weights may be tied
         raise InputError(f"{path}: its tensors claim more bytes than the file has: it is damaged or a bomb")
     beside = [] if key is None else [name for name in root if name != key]
     return found, [name for name in entries if name not in refs] + beside
 
 
 def tensor(path: Path, begin: int, length: int) -> Stored:
-    """The one tensor that torch.save wrote into bytes begin .. begin + length of a file; nothing there is run."""
+    """The one tensor that torch.save wrote into bytes begin .. begin + length of a file; nothing is executed."""
     with _archive(path, begin, length) as (file, members, root):
         if type(root) is not safe_pickle.TensorRef:
             raise ValueError(f"byte {begin} begins something that is no tensor")
@@ -85,7 +86,7 @@ def tensor(path: Path, begin: int, length: int) -> Stored:
 
 @contextmanager
 def _archive(path: Path, begin: int = 0, length: int | None = None) -> Iterator[tuple[_Bounded, dict, object]]:
-    """The file, its members and the value of its pickle; whatever is wrong with them is an InputError."""
+    """The file, its members and the value of its pickle. Raises InputError for any fault."""
     try:
         with _Bounded(path, begin, length) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive)
@@ -101,7 +102,7 @@ def _archive(path: Path, begin: int = 0, length: int | None = None) -> Iterator[
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The members by their name below the archive's one folder."""
+    """The members by their names below the archive's single folder."""
     infos = archive.infolist()
     pickles = [i.filename for i in infos if i.filename.endswith("/data.pkl") and i.filename.count("/") == 1]
     if len(pickles) != 1:
@@ -174,14 +175,14 @@ class _Storage(NamedTuple):
 
 
 class _Tensor:
-    """Pickles as torch's own record of a contiguous tensor."""
+    """Is pickled as torch's record of a contiguous tensor."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
         self.storage, self.shape = storage, shape
 
     def __reduce__(self) -> tuple:
         stride = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, collections.OrderedDict())
+        return _rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, collections.OrderedDict())
 
 
 class _Pickler(pickle.Pickler):
@@ -194,7 +195,7 @@ class _Pickler(pickle.Pickler):
 def write(
     path: Path, key: str, tensors: Mapping[str, Source], progress: Callable[[int], None] = lambda n: None
 ) -> None:
-    """`{key: tensors}` as torch.save writes it, a chunk at a time; `progress` is told the bytes written."""
+    """Write `{key: tensors}` in torch.save's format, a chunk at a time; `progress` is called with the number of bytes of each chunk."""
     records = {
         name: _Tensor(_Storage(t.dtype, str(i), math.prod(t.shape)), tuple(t.shape))
         for i, (name, t) in enumerate(tensors.items())
@@ -212,6 +213,7 @@ def write(
 def _member(archive: zipfile.ZipFile, name: str, size: int, data, progress: Callable[[int], None]) -> None:
     info = zipfile.ZipInfo(f"archive/{name}")
     zip64 = size >= 1 << 31
+    assert archive.fp is not None, "the archive is open"
     header = archive.fp.tell() + 30 + len(info.filename) + 4 + 20 * zip64
     padding = -header % ALIGN
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding

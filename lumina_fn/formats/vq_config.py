@@ -1,4 +1,4 @@
-"""The sizes of a MoVQGAN: checked, and read off its tensors."""
+"""The sizes of a MoVQGAN: checks, and inference from its tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from lumina_fn.formats.hf_config import LARGEST
 
 
 def whole(values: object, least: int) -> bool:
-    """Whether these are a tuple of whole numbers from `least` to LARGEST."""
+    """Whether the value is a tuple of whole numbers from `least` to LARGEST."""
     return type(values) is tuple and all(type(i) is int and least <= i <= LARGEST for i in values)
 
 
@@ -30,7 +30,7 @@ def problems(sizes: Mapping) -> list[str]:
 
 
 def of_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
-    """Sizes read off a MoVQGAN's tensors; the group count leaves no trace in them and is the reference's 32."""
+    """The sizes inferred from a MoVQGAN's tensors; the number of groups cannot be inferred and is the reference's 32."""
     count = lambda pattern: next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
     levels = max(1, count("encoder.down.{}.block.0.conv1.weight"))
     first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]

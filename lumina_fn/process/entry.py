@@ -12,14 +12,13 @@ from typing import TextIO
 from lumina_fn.errors import InputError, printable
 from lumina_fn.process import out_of_memory, startup
 
-LONGEST = 4000  # characters of an error's line: it may quote a stranger's file
+LONGEST = 4000  # characters of an error's line, which may quote a foreign file
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a command and exit: 0 done, 2 for an InputError (its one line on stderr), 1 for memory that was refused (the same),
-    130 for Ctrl-C.
+    """Run a command and exit: 0 done, 2 for an InputError and 1 for failed memory allocation (each one line on stderr), 130 for Ctrl-C.
 
-    Where standard output is closed (`| head`) the command ends as if it were done; where it cannot be written, with 1 and a line.
+    If standard output is closed (`| head`) the command exits with 0; if it cannot be written, with 1 and a line.
     """
     if signal.getsignal(signal.SIGINT) in (startup.end_at_once, signal.default_int_handler):
         signal.signal(signal.SIGINT, startup.interrupt)
@@ -27,8 +26,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         if (stream := getattr(sys, name)) is not None and stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _watched(stream))
     code = _code(main)
-    _lost_output()  # or Python, which writes the rest of it at its end, has the last word
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes milliseconds
+    _lost_output()  # before Python flushes the rest at exit and prints an error of its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what remains takes milliseconds
     sys.exit(code)
 
 
@@ -39,7 +38,7 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
             sys.stdout.flush()
         return code
     except InputError as error:
-        refused = out_of_memory.line(error)  # of which something was made: a file that was not to blame is named, say
+        refused = out_of_memory.line(error)  # if so, the InputError may name a file that is not at fault
         tell(f"error: {printable((refused or str(error))[:LONGEST])}")
         return 1 if refused else 2
     except KeyboardInterrupt:
@@ -57,15 +56,15 @@ def _code(main: Callable[[Sequence[str] | None], int | None]) -> int:
         lost = _lost_output() if isinstance(error, OSError) else None
         if lost is not None:
             return _unheard(lost)
-        if isinstance(error, OSError) and error.filename is not None:  # a disk that fails, say
+        if isinstance(error, OSError) and error.filename is not None:  # such as a failing disk
             tell(f"error: {printable(error.filename)}: {error.strerror}")
             return 1
         raise
 
 
 def _unheard(lost: int) -> int:
-    """The exit code where standard output was lost."""
-    if lost == errno.EPIPE:  # `| head` has all that it wanted
+    """The exit code if standard output could not be written; prints a line unless it was closed."""
+    if lost == errno.EPIPE:  # the reader, such as `| head`, has closed it
         return 0
     tell(
         f"error: cannot write to standard output: {os.strerror(lost)}; what was asked for may be done: look at its folder"
@@ -74,14 +73,14 @@ def _unheard(lost: int) -> int:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether a library made another error of Ctrl-C."""
+    """Whether Ctrl-C caused this error."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _written(code: int) -> int:
-    """The exit code of what has said all it had to say."""
+    """The exit code after standard output is flushed: `code`, or that of lost output."""
     with suppress(OSError):
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -90,15 +89,15 @@ def _written(code: int) -> int:
 
 
 def tell(line: str) -> None:
-    """A line on stderr, where there is one."""
+    """Write a line to stderr, if it is open."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
 class _Output(io.FileIO):
-    """Standard output or error, which remembers that it could not be written: the error itself looks like any file's."""
+    """Standard output or error, which records a failed write: the exception itself does not tell which file it was."""
 
-    lost: int | None = None  # the error's number
+    lost: int | None = None  # the errno of the failed write
 
     def write(self, data) -> int | None:
         try:
@@ -111,15 +110,15 @@ class _Output(io.FileIO):
 def _watched(stream: TextIO) -> TextIO:
     raw = _Output(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=bool(stream.line_buffering)
     )
 
 
 def _lost_output() -> int | None:
-    """The error number where standard output or error could not be written; they then lead nowhere. None where both could."""
+    """The errno if standard output or error could not be written, which are then redirected to nowhere; None if both could."""
     found = None
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # None where there is no such stream
+        with suppress(OSError, AttributeError):  # the stream may be None
             stream.flush()
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if isinstance(raw, _Output) and raw.lost is not None:

@@ -1,4 +1,4 @@
-"""A frozen dataclass as command-line flags: names, types, defaults, groups and help all come from its fields."""
+"""Command-line flags from a frozen dataclass: names, types, defaults, groups and help come from its fields."""
 
 import argparse
 import difflib
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 
 class _Flag(NamedTuple):
-    """A field of the dataclass as a flag."""
+    """The flag of a field of the dataclass."""
 
     field: Field
     hint: Any
@@ -56,7 +56,7 @@ class _Flag(NamedTuple):
         return self.field.name.upper() if self.positional else hint.__name__.upper()
 
     def mark(self, kind: type) -> Any:
-        """Its mark of this type, None where it has none."""
+        """The annotation of this type, or None."""
         return next((mark for mark in self.marks if isinstance(mark, kind)), None)
 
 
@@ -71,15 +71,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None, sub: str = "") -> S:
-    """The dataclass `kind` filled from flags; `Annotated[int, "help"]` fields carry their help. `doc` is the command's
-    description, `sub` the word that names this one of several commands. Raises InputError for flags that cannot be used.
+    """The dataclass `kind` with values from flags; the help is in `Annotated[int, "help"]` fields. `doc` is the command's
+    description, `sub` the name of a subcommand. Raises InputError for invalid flags.
     """
     flags = list(_flags(kind))
     parser = _parser(flags, doc, f"{program()} {sub}".strip())
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv and any(flag.required for flag in flags):
         entry.tell(f"{parser.format_usage()}\n{(doc or '').strip().partition(chr(10))[0]}\n")
-    given, extra = parser.parse_known_intermixed_args(argv)  # `x --flag y z` too
+    given, extra = parser.parse_known_intermixed_args(argv)  # accepts `x --flag y z` too
     if extra:
         parser.error(_unknown(extra, [flag.name for flag in flags]))
     values = vars(given)
@@ -94,19 +94,20 @@ def parse(kind: type[S], doc: str | None, argv: Sequence[str] | None, sub: str =
 
 
 def program() -> str:
-    """The command as its user types it."""
-    if sys.argv[0].startswith("lumina "):  # as experiments.__main__ says it
+    """The command as the user typed it."""
+    if sys.argv[0].startswith("lumina "):  # set by experiments.__main__
         return sys.argv[0]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def version() -> str:
+    """The line that --version prints."""
     return f"lumina-fn {lumina_fn.__version__}"
 
 
 def reference(kind: type) -> Iterator[tuple[Group | None, str, str, str, str]]:
-    """Of each flag: its group, where one begins; its name, values, default and help. For the pages of the documentation."""
+    """For each flag its group (if one begins there), name, values, default and help, for the documentation."""
     for flag in _flags(kind):
         default = "" if flag.required or flag.field.default is None else _shown(flag.field.default)
         values = "" if _given(flag.hint) is bool else flag.metavar
@@ -158,7 +159,7 @@ def _shown(default: object) -> str:
 
 
 def _unknown(extra: list[str], known: list[str]) -> str:
-    """What is wrong with words that no flag takes: the first flag among them, and what it may have been meant to be."""
+    """The error for unknown arguments: the first unknown flag and the known flag that is nearest to it."""
     first = next((word for word in extra if word.startswith("-")), None)
     if first is None:
         return f"unexpected {extra[0]!r}"
@@ -168,7 +169,7 @@ def _unknown(extra: list[str], known: list[str]) -> str:
 
 
 def _problem(value: object, within: Range | None) -> str | None:
-    """What is wrong with a number; None for any other value."""
+    """What is wrong with a number; None if nothing is, or if the value is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if within is not None:
@@ -177,7 +178,7 @@ def _problem(value: object, within: Range | None) -> str | None:
 
 
 def _given(hint: Any) -> Any:
-    """The type of a value that is given, where None means that none is."""
+    """The type of a given value: `T` for a hint `T | None`."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(h for h in get_args(hint) if h is not type(None))
     return hint

@@ -1,9 +1,9 @@
-"""Memory that was refused, by the host or by a device: recognised whatever library says so, and told in one line."""
+"""Failed memory allocation, on the host or on a device: recognised in the errors of many libraries, and reported in one line."""
 
 import errno
 import re
 
-# In the texts of RuntimeErrors (torch and its compilers, torch_npu and CANN, XLA) and of libraries that do not load.
+# Texts in RuntimeErrors (torch and its compilers, torch_npu and CANN, XLA) and of libraries that do not load.
 TEXTS = re.compile(
     r"out of memory"  # CUDA's, the NPU's and XLA's allocators, and a compiler's
     r"|can't allocate memory|not enough memory"  # torch's on a CPU: Linux, Windows
@@ -11,7 +11,7 @@ TEXTS = re.compile(
     r"|std::bad_alloc"
     r"|failed to allocate memory|\b207001\b"  # CANN's: EL0004, ACL_ERROR_RT_MEMORY_ALLOCATION
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
-    r"|could not create a (primitive|memory object)",  # oneDNN says no more than that
+    r"|could not create a (primitive|memory object)",  # all that oneDNN reports
     re.IGNORECASE,
 )
 THREAD = "can't start new thread"
@@ -21,25 +21,26 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class OutOfMemory(MemoryError):
-    """Memory was refused. The message is one line: what was tried, what it takes and what lowers that."""
+    """Memory allocation failed. The message is one line: what was tried, what it takes and what reduces it."""
 
 
 def told(error: BaseException) -> str | None:
-    """What was refused, in words for a bracket, "" where nobody says; None for an error that is none of memory.
+    """The failed allocation in words, such as "2.0 GB more were asked for" ("" if unknown); None for an error of another kind.
 
-    What a library or this project made of a refusal on the way is one too: causes and contexts are looked at.
+    The error's causes and contexts are searched too, since libraries convert such errors.
     """
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if (words := _told(error)) is not None:
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if (words := _told(link)) is not None:
             return words
-        error = error.__cause__ or error.__context__
+        link = link.__cause__ or link.__context__
     return None
 
 
 def line(error: BaseException) -> str | None:
-    """`error` as the line of a command that knows no more of it; None for an error that is none of memory."""
+    """The line for an error of failed allocation; None for an error of another kind."""
     if isinstance(error, OutOfMemory):
         return str(error)
     if (words := told(error)) is None:
@@ -48,6 +49,7 @@ def line(error: BaseException) -> str | None:
 
 
 def size(n: float) -> str:
+    """A number of bytes in MB or GB, for a message."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 

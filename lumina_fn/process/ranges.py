@@ -1,4 +1,4 @@
-"""The values of a number that a user gives: those that make sense, and those there is a machine for."""
+"""Allowed ranges of the numbers that a user gives."""
 
 import math
 from typing import NamedTuple
@@ -9,19 +9,19 @@ class Range(NamedTuple):
 
     least: float
     most: float = math.inf
-    above: bool = False  # `least` itself is left out
+    above: bool = False  # `least` itself is excluded
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with a value."""
+        """What is wrong with a value; None if nothing is."""
         if not (value > self.least if self.above else value >= self.least):
             return f"expected more than {self.least}" if self.above else f"expected at least {self.least}"
         return None if value <= self.most else f"expected at most {self.most}"
 
 
 SEED = Range(0, (1 << 63) - 1)
-STEPS = Range(1, 10**9)  # and what is counted in them
+STEPS = Range(1, 10**9)  # and anything counted in steps
 WEIGHT_DECAY = Range(0, 10**6)
-CLIP = Range(0, above=True)  # infinity: nothing is clipped
+CLIP = Range(0, above=True)  # infinity: no clipping
 Z_WEIGHT = Range(0, 1)
-MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes is walked through, and no model draws half of that
-LONGEST_CAPTION = 100_000  # characters: ten times what fits into the released model's context
+MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes must stay short, and no model draws half of that
+LONGEST_CAPTION = 100_000  # characters: ten times the released model's context

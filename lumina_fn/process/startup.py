@@ -1,7 +1,6 @@
-"""What comes before PyTorch's imports, which take seconds: an end at once by Ctrl-C, and a folder that they can make.
+"""Preparation before PyTorch's imports, which take seconds: Ctrl-C ends them at once, and the compile cache's folder can be created.
 
-Ctrl-C ends a command without the traceback of whatever import it falls into; parts of them swallow a KeyboardInterrupt or turn it
-into another error.
+During imports Ctrl-C ends a command without a traceback: some imports swallow KeyboardInterrupt or turn it into another error.
 """
 
 import atexit
@@ -20,20 +19,21 @@ from lumina_fn.process import out_of_memory
 
 
 def end_at_once(*_: object) -> None:
-    with suppress(OSError):  # standard error is closed
+    """Signal handler: write a line to stderr and end the process with exit code 130, without any clean-up."""
+    with suppress(OSError):  # standard error may be closed
         os.write(2, b"stopped\n")
     os._exit(130)
 
 
 def begin() -> None:
-    """For a package's own __init__: while `python -m` looks for a module in it, argv says so."""
+    """Install the handlers for Ctrl-C and for failed allocation if `python -m` is importing this package; call it in __init__."""
     if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
         sys.excepthook = _told
 
 
 def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's last word on an error, before `errors.run` is there: what memory was refused while it imports is a line."""
+    """Exception hook until `entry.run` starts: failed allocation during imports is reported in one line."""
     if (line := out_of_memory.line(error)) is None:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -42,13 +42,13 @@ def _told(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def keep_compiled_code() -> None:
-    """See to it that PyTorch's imports can make the folder of the compile cache; where it cannot be there, this process has its own."""
+    """Create the folder of the compile cache, which PyTorch's imports need; if that fails, use a temporary folder of this process."""
     place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_cache()).absolute()
     with suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
         if os.access(place, os.W_OK | os.X_OK):
             return
-    with suppress(OSError):  # there is no folder for temporary files either
+    with suppress(OSError):  # there may be no folder for temporary files
         own = tempfile.TemporaryDirectory(prefix="lumina-compiled-", ignore_cleanup_errors=True)
         atexit.register(own.cleanup)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own.name
@@ -56,7 +56,7 @@ def keep_compiled_code() -> None:
 
 
 def _default_cache() -> str:
-    """PyTorch's, which only its own import would tell."""
+    """PyTorch's default folder of the compile cache, without importing PyTorch."""
     try:
         user = getpass.getuser()
     except (KeyError, ModuleNotFoundError, OSError):
@@ -66,7 +66,7 @@ def _default_cache() -> str:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """The same for what a command imports late; elsewhere than in a command nothing changes."""
+    """Within the block, imports that a command makes late, Ctrl-C ends the command at once; no effect outside of a command."""
     if signal.getsignal(signal.SIGINT) is not interrupt:
         yield
         return
@@ -78,5 +78,5 @@ def importing() -> Iterator[None]:
 
 
 def interrupt(*_: object) -> None:
-    """Ctrl-C while a command runs: what it writes is tidied up on the way out."""
+    """Signal handler while a command runs: raises KeyboardInterrupt, so that unfinished files are removed."""
     raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""A stranger's tokenizer.json is tried in a process of its own first: the library may abort, loop or panic over it.
+"""Load an unknown tokenizer.json in a separate process first: the library may abort, loop or panic on it.
 
-What passed is remembered by the hash of its bytes and the library's version, for this user.
+Files that passed are remembered for this user, by the hash of their bytes and the library's version.
 """
 
 import base64
@@ -15,12 +15,12 @@ from pathlib import Path
 from lumina_fn.disk import files
 from lumina_fn.errors import InputError, printable
 
-MAX_BYTES = 64 << 20  # of tokenizer.json; the released one has 11 MB
-MEMORY = 3 << 30  # bytes of address space that the trial may take; the released one takes a seventh
-SECONDS = 60  # the released one takes 1
-GROWTH = 32  # times that a normalizer may make a text longer; NFKC makes one character 18
-# Texts as people write them, what regular expressions are slow with, and as long as a caption may be.
-TEXTS = (  # and how often, one after another
+MAX_BYTES = 64 << 20  # limit of tokenizer.json; the released one has 11 MB
+MEMORY = 3 << 30  # bytes of address space for the trial; the released tokenizer takes a seventh
+SECONDS = 60  # limit of the trial; the released tokenizer takes 1
+GROWTH = 32  # factor by which a normalizer may lengthen a text; NFKC turns one character into 18
+# Ordinary texts, texts on which regular expressions are slow, and texts of the largest length of a caption.
+TEXTS = (  # text and number of repetitions
     ("", 1),
     ("a red circle", 1),
     ("Generate an image of 768x768 according to the following prompt:\n一只猫 🐈 e\u0301", 1),
@@ -46,9 +46,9 @@ for text, times in (*{TEXTS!r}, *((text, 1) for text in own[:1000])):
 
 
 def check(data: bytes, path: Path, known: Path | None) -> None:
-    """InputError where the library does not come back from loading these bytes of `path`, or from encoding some texts with it.
+    """Raise InputError if loading these bytes of `path`, or encoding some texts with them, crashes or does not end.
 
-    An error that it raises is left to who loads them. `known` is the folder of what passed before.
+    Ordinary errors of the library are left to the caller, who loads the file. `known` is the folder of remembered files.
     """
     name = hashlib.sha256(version("tokenizers").encode() + TRIAL.encode() + data).hexdigest()
     if known is not None and (known / name).is_file():
@@ -57,34 +57,34 @@ def check(data: bytes, path: Path, known: Path | None) -> None:
     if problem is not None:
         raise InputError(printable(f"{path}: not a tokenizer: loading it {problem}; get it again from who made it"))
     if passed and known is not None:
-        with suppress(OSError, InputError):  # a place that cannot be written: it is tried again next time
+        with suppress(OSError, InputError):  # the folder cannot be written: the next run tries again
             known.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.write_atomic(known / name, "")
 
 
 def _tried(data: bytes) -> tuple[str | None, bool]:
-    """What is wrong, if anything is; and whether the trial came to its end."""
-    with suppress(ValueError, RecursionError, AttributeError):  # the library says what is wrong with it
-        if _growth(json.loads(data).get("normalizer")) > GROWTH:  # of some letter, perhaps none of the texts'
+    """What is wrong (None: nothing), and whether the trial was completed."""
+    with suppress(ValueError, RecursionError, AttributeError):  # the library itself reports such faults
+        if _growth(json.loads(data).get("normalizer")) > GROWTH:  # a letter that may not occur in the texts
             return f"is not tried: its normalizer makes texts more than {GROWTH} times longer", False
     try:
         command = [sys.executable, "-I", "-c", TRIAL]
         done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"takes more than {SECONDS:g} seconds", False
-    except OSError:  # there is no such command where Python is embedded
+    except OSError:  # no such command if Python is embedded
         return None, False
     told = done.stderr.decode(errors="replace").strip().splitlines()
     why = next((line for line in reversed(told) if "memory" in line), told[-1] if told else "")
     if done.returncode < 0:
         return f"ends the process (signal {-done.returncode}{f': {why:.200}' if why else ''})", False
-    if b"panicked at" in done.stderr:  # here it would print as many lines
+    if b"panicked at" in done.stderr:  # in this process it would print those lines
         return f"makes the tokenizers library panic ({why:.200})", False
     return None, done.returncode == 0
 
 
 def _growth(normalizer: object) -> int:
-    """About how many times longer a text may become; more than GROWTH where it is too many."""
+    """The approximate factor by which a normalizer may lengthen a text; more than GROWTH if it is too large."""
     match normalizer:
         case {"type": "Sequence", "normalizers": list(parts)}:
             times = 1
@@ -100,7 +100,7 @@ def _growth(normalizer: object) -> int:
 
 
 def known_folder() -> Path | None:
-    """Where this user's tried tokenizers are remembered; None for a user without a home."""
+    """The folder where this user's tested tokenizers are remembered; None for a user without a home."""
     with suppress(RuntimeError):
         return Path.home() / ".cache" / "lumina_fn" / "tokenizers"
     return None

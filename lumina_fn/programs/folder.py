@@ -1,7 +1,7 @@
 """A folder of exported programs: a .pt2 file for each bucket of sizes, and report.json, which names inputs, outputs and ops."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,17 +28,17 @@ REPORT = "report.json"
 class Program(NamedTuple):
     """A reloaded program."""
 
-    run: Callable[..., Any]  # of all inputs' tensors, in order
+    run: Callable[..., Any]  # a function of all inputs' tensors, in order
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
-        """Outputs by name, of a tree of inputs such as ForwardInputs, StepInputs or DecodeInputs."""
+        """The outputs by name, for a tree of inputs such as ForwardInputs, StepInputs or DecodeInputs."""
         return dict(zip(self.outputs, self.run(*pytree.tree_leaves(inputs)), strict=True))
 
 
 def load(out: str | Path, file: str) -> Program:
-    """One of the programs of a folder that `python -m lumina_fn.export` wrote. torch.export.load trusts its file: so must you."""
+    """A program from a folder that `lumina export` wrote. torch.export.load is not safe on an untrusted file."""
     (entry,) = (
         p for p in reading.json_object(Path(out) / REPORT, "the report of an export")["programs"] if p["file"] == file
     )
@@ -47,7 +47,7 @@ def load(out: str | Path, file: str) -> Program:
 
 
 def save(exported: Exported, path: Path) -> dict[str, Any]:
-    """Write a program; what the report says of it."""
+    """Write a program; its entry in the report."""
     program = exported.program
     program._example_inputs = None  # fake tensors cannot be written
     torch.export.save(program, path)
@@ -72,11 +72,11 @@ def save(exported: Exported, path: Path) -> dict[str, Any]:
     }
 
 
-TARGETS = {"cpu": (CPU, torch.float32), "npu": (NPU, torch.bfloat16)}  # and the dtype that is usual there
+TARGETS = {"cpu": (CPU, torch.float32), "npu": (NPU, torch.bfloat16)}  # and its default dtype
 
 
 def functions(cfg: ModelConfig, run: "Settings", dtype: torch.dtype) -> dict[str, Callable[[], Function]]:
-    """What is asked for, by file name: one for each bucket."""
+    """The functions to export by file name, one for each bucket."""
     tokens = run.tokens or (min(4096, cfg.max_positions),)
     if run.what == "forward":
         return {f"forward-b{b}.pt2": partial(forward, cfg, batch=b, dtype=dtype) for b in run.batch}
@@ -96,11 +96,11 @@ def functions(cfg: ModelConfig, run: "Settings", dtype: torch.dtype) -> dict[str
     }
 
 
-def write(run: "Settings") -> None:
-    """The new folder `run.out`, with a line on the terminal for each program. Raises InputError."""
+def write(run: "Settings") -> Iterator[str]:
+    """Write the new folder `run.out`; yields a line about each program. Raises InputError."""
     cfg, (target, usual) = checkpoint.read_config(run.model), TARGETS[run.target]
-    if max(run.tokens or (1,)) > cfg.max_positions:
-        raise InputError(f"--tokens {max(run.tokens)}: {run.model} has {cfg.max_positions} positions; give no more")
+    if (longest := max(run.tokens or (1,))) > cfg.max_positions:
+        raise InputError(f"--tokens {longest}: {run.model} has {cfg.max_positions} positions; give no more")
     dtype = getattr(torch, run.dtype) if run.dtype else usual
     places.place(run.out, [run.model])
     with files.new_folder(run.out, "programs", run.overwrite) as folder:
@@ -108,9 +108,7 @@ def write(run: "Settings") -> None:
         for name, function in functions(cfg, run, dtype).items():
             told.append(save(export(function(), target), folder / name))
             total = sum(told[-1]["ops"].values())
-            print(
-                printable(f"{name}: {total} ops of {len(told[-1]['ops'])} kinds, {told[-1]['parameters']} parameters")
-            )
+            yield printable(f"{name}: {total} ops of {len(told[-1]['ops'])} kinds, {told[-1]['parameters']} parameters")
         checkpoint.write_json(
             folder / REPORT, {"what": run.what, "target": run.target, "torch": torch.__version__, "programs": told}
         )

@@ -1,7 +1,7 @@
-"""Functions of the model as programs: graphs of tensors alone, of ops that a target can run.
+"""Functions of the model as programs: graphs over tensors alone, with ops that a target can run.
 
 A program takes every tensor as an input, parameters too: it is small, is made from a model's sizes in seconds, and serves any
-weights. What is told of it (lumina_fn.export) names inputs and outputs by their paths.
+weights. The report (lumina_fn.export) names inputs and outputs by their tree paths.
 """
 
 import traceback
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Function(NamedTuple):
-    """What is exported: fn of `inputs`, a tree of fake tensors; axes that may have any size, by input name."""
+    """A function to export: fn of `inputs`, a tree of fake tensors; axes of variable size, by input name."""
 
     fn: Callable[..., Any]
     inputs: Any
@@ -39,24 +39,32 @@ class Function(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
+    """The inputs of the program that `forward` makes."""
+
     tokens: Tensor
     params: model.Params
 
 
 class StepInputs(NamedTuple):
+    """The inputs of the program that `step` makes."""
+
     state: train.TrainState
     batch: train.Batch | train.Packed
     lr: Tensor
 
 
 class DecodeInputs(NamedTuple):
-    tokens: Tensor  # the newest of each row
-    lengths: Tensor  # how many each row holds before them
+    """The inputs of the program that `decoding` makes."""
+
+    tokens: Tensor  # the newest token of each row
+    lengths: Tensor  # number of tokens in each row before it
     cache: decode.Cache
     params: model.Params
 
 
 class Exported(NamedTuple):
+    """A program, and the names of its inputs and outputs in order."""
+
     program: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -96,13 +104,12 @@ def decoding(cfg: ModelConfig, *, batch: int, slots: int, dtype: torch.dtype) ->
     """Logits [B V] after one more token in each row of a cache of `slots`, and the new cache."""
     params = model.init(cfg, device="meta", dtype=dtype)
     cache = decode.empty_cache(params, cfg, batch, slots)
-    ids = [torch.empty(batch, dtype=torch.int64, device="meta") for _ in range(2)]
 
     def fn(tokens, lengths, cache, params):
         logits, cache = decode.step(params, tokens, lengths, cache, cfg)
         return {"logits": logits, "cache": cache}
 
-    return Function(fn, DecodeInputs(*ids, cache, params))
+    return Function(fn, DecodeInputs(_ids(batch), _ids(batch), cache, params))
 
 
 def _ids(*shape: int) -> Tensor:
@@ -113,12 +120,12 @@ class Target(NamedTuple):
     """Where a program runs."""
 
     device: Callable[[], torch.device]
-    kernels: Mapping[Any, Callable[..., Any]]  # what stands for our ops there
-    ops: frozenset[str] | None  # all that it can run; None: whatever torch runs
+    kernels: Mapping[Any, Callable[..., Any]]  # replacements of our ops on the target
+    ops: frozenset[str] | None  # the ops that it can run; None: all of torch's
 
 
 def npu_device() -> torch.device:
-    """An NPU for fake tensors, with torch_npu's ops declared where it is not loaded."""
+    """The device npu for fake tensors; torch_npu's ops are declared if it is not loaded."""
     npu_fakes.declare()
     return npu_fakes.declare_device()
 
@@ -130,7 +137,7 @@ def converters() -> frozenset[str]:
 
 
 aten = torch.ops.aten
-# torch_npu has eager kernels for these, so that torch does not take them apart where it is loaded; a converter has none of them.
+# torch_npu has eager kernels for these, so torch does not decompose them if it is loaded; none has a converter.
 COMPOSITES = {
     aten.contiguous.default: lambda x: x.clone(memory_format=torch.contiguous_format),
     aten.isfinite.default: lambda x: (x == x) & (x.abs() != float("inf")),
@@ -141,9 +148,9 @@ NPU = Target(npu_device, {**ops.ASCEND, **COMPOSITES}, converters())
 
 
 def export(function: Function, target: Target) -> Exported:
-    """The function as a program for a target; InputError where an op of it cannot run there.
+    """The function as a program for a target. Raises InputError for an op that the target cannot run.
 
-    What is differentiated goes through make_fx first: torch.export alone would keep torch.func's wrappers.
+    A function that differentiates is traced by make_fx first: torch.export alone would keep torch.func's wrappers.
     """
     inputs = fake(target.device(), function.inputs)
     paths, spec = pytree.tree_flatten_with_path(inputs)
@@ -171,13 +178,13 @@ def export(function: Function, target: Target) -> Exported:
 
 
 def _composites(program: ExportedProgram) -> dict[OpOverload, Callable[..., Any]]:
-    """Decompositions of the program's ops that are no kernels but names for several; make_fx never sees these."""
+    """Decompositions of the program's composite ops, which make_fx has not decomposed."""
     known, used = default_decompositions(), {node.target for node in program.graph.nodes}
     return {op: known[op] for op in used if isinstance(op, OpOverload) and op._can_decompose() and op in known}
 
 
 def _drop_assertions(program: ExportedProgram) -> None:
-    """What torch.export notes of dtypes that it has seen; no device has a kernel for it."""
+    """Remove torch.export's assertions on dtypes: no device has a kernel for them."""
     for node in list(program.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)
@@ -198,7 +205,7 @@ def _check(program: ExportedProgram, target: Target, again: Callable[[], Any], m
 
 
 class _Places(TorchDispatchMode):
-    """While active, notes where in the house some ops are called."""
+    """While active, records the source line of this project that calls certain ops."""
 
     def __init__(self, wanted: Set[OpOverload], kernels: Mapping[Any, Callable[..., Any]]):
         super().__init__()
@@ -215,7 +222,7 @@ class _Places(TorchDispatchMode):
 
 
 def _place() -> str:
-    """The innermost line that is ours and calls what torch dispatches; one of a kernel or an op only where no model calls it."""
+    """The innermost line of this project in the call stack; a line in kernels or ops only if there is no other."""
     ours = [
         (path.relative_to(ROOT), frame)
         for frame in traceback.extract_stack()[:-2]
@@ -231,7 +238,7 @@ def _place() -> str:
 
 
 class _Flat(torch.nn.Module):
-    """A function of tensors as torch.export takes it."""
+    """A function of tensors as a module, which torch.export needs."""
 
     def __init__(self, fn: Callable[..., Any]):
         super().__init__()

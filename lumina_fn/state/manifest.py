@@ -1,10 +1,10 @@
-"""A folder of checkpoints: which there are, whether each is what was written, and how one appears and goes.
+"""A folder of checkpoints: list, check, add and remove them.
 
 checkpoints/STEP/              appears by one rename, after everything in it is on the disk
-    MANIFEST.json              what the state is; hashes of the indices, and of itself
+    MANIFEST.json              description of the state; hashes of the indices, and of itself
     shard_00000.json           an index: size and SHA-256 of every file under shard_00000
-    shard_00000/...            what Orbax wrote for one rank
-checkpoints/.STEP.tmp          is being written, or was when its writer was killed
+    shard_00000/...            the files that Orbax wrote for one rank
+checkpoints/.STEP.tmp          unfinished: being written, or left by a killed writer
 """
 
 import hashlib
@@ -30,7 +30,7 @@ CHECKPOINTS, ORIGIN = (
 MANIFEST = "MANIFEST.json"
 LARGEST = 64 << 20  # bytes of a manifest or an index
 _TMP, _OLD = ".tmp", ".old"
-# What we name so. The files of a finished shard are in its checkpoint's mark; while it is written, all under it is Orbax's.
+# Names that are ours. The files of a finished shard are listed in the checkpoint's mark; in an unfinished one all files are Orbax's.
 _OURS = re.compile(
     rf"(\d+(\.aside\d*)?|\.\d+\.(tmp|old))/(\.?({MANIFEST}|shard_\d{{5}}\.json)(\.lumina-tmp-[0-9a-f]+)?)?"
     r"|\.\d+\.(tmp|old)/shard_\d{5}[^/]*/.*", re.ASCII | re.DOTALL
@@ -40,36 +40,37 @@ log = logging.getLogger(__name__)
 
 
 class Unusable(InputError):
-    """A checkpoint that cannot be loaded, where an older one may be."""
+    """A checkpoint cannot be loaded; an older one may be loadable."""
 
 
 class Damaged(Unusable):
-    """A checkpoint is not what was written, or cannot be read."""
+    """A checkpoint is damaged, or cannot be read."""
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that were saved whole, in order."""
+    """The steps of complete checkpoints, in order."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir())
 
 
 def unfinished(folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """The path under which a checkpoint is written before it gets its name."""
     return folder / f".{step}{_TMP}"
 
 
 def shard(rank: int) -> str:
+    """The name of a rank's part of a checkpoint."""
     return f"shard_{rank:05d}"
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path below a folder of checkpoints (a folder's ends with "/") is one that a checkpoint has."""
+    """Whether a path below a folder of checkpoints belongs to a checkpoint; the path of a folder ends with "/"."""
     return _OURS.fullmatch(path) is not None
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed runs left. Nobody may be writing there."""
+    """Remove the remains of killed runs. No process may be writing the folder."""
     if not folder.is_dir():
         return
     with places.writable(folder):
@@ -84,7 +85,7 @@ def tidy(folder: Path) -> None:
 
 
 def _mark(folder: Path, indices: list[str]) -> None:
-    """Note in a checkpoint which files are ours: those that its indices list."""
+    """Write a checkpoint's mark, with the files that its indices list."""
     shards = [(name, _read_json(folder / name)) for name in indices]
     inner = [f"{name.removesuffix('.json')}/{file}" for name, index in shards for file in index]
     files.write_atomic(folder / marks.NAME, marks.text("checkpoint", sorted([MANIFEST, *indices, *inner])))
@@ -104,7 +105,7 @@ def seal_shard(folder: Path, rank: int) -> None:
 
 
 def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
-    """Give the unfinished checkpoint, whose shards are sealed, its manifest and its name; one of that name is replaced."""
+    """Write the manifest of an unfinished checkpoint with sealed shards, and rename it to its step; an existing one is replaced."""
     tmp, final = unfinished(folder, step), folder / str(step)
     names = [f"{shard(rank)}.json" for rank in range(content["parts"])]
     if absent := [name for name in names if not (tmp / name).exists()]:
@@ -116,14 +117,14 @@ def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
     _mark(tmp, names)
     files.take_place(tmp, final, overwrite=True)
     files.sync_one(folder)
-    if tmp.exists():  # what had that name
+    if tmp.exists():  # the checkpoint that was replaced
         files.retire(tmp, final, lambda path: is_ours(f"{step}/{path}"))
 
 
 def prune(folder: Path, keep: int | None, every: int | None) -> None:
     """Remove all but the last `keep` checkpoints (None: all stay) and those of each multiple of `every` steps.
 
-    One that holds what we did not write stays, and is said.
+    A checkpoint that contains files of others stays, with a warning.
     """
     for step in [] if keep is None else steps(folder)[:-keep]:
         if every is None or step % every:
@@ -131,7 +132,7 @@ def prune(folder: Path, keep: int | None, every: int | None) -> None:
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Rename the checkpoints after a step, from which a run goes another way, so that they are listed no more."""
+    """Rename the checkpoints after a step, from which a run continues differently, so that they are no longer listed."""
     aside = []
     if not folder.is_dir():
         return aside
@@ -144,7 +145,7 @@ def set_aside(folder: Path, after: int) -> list[Path]:
 
 
 def read(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its state. InputError where there is none, Unusable for a newer format, Damaged where it is not as written."""
+    """The content of a checkpoint's manifest. Raises InputError if there is none, Unusable for a newer format, Damaged for a damaged one."""
     if not (folder / str(step)).is_dir():
         there = ", ".join(map(str, steps(folder))) or "none"
         raise InputError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
@@ -166,14 +167,14 @@ def read(folder: Path, step: int) -> dict[str, Any]:
 
 
 def check_shard(folder: Path, step: int, name: str, content: dict[str, Any]) -> None:
-    """Damaged, which names the file, unless all of a shard's files are there and as they were written."""
+    """Raise Damaged, which names the file, unless all of a shard's files exist with the recorded sizes and hashes."""
     root, index = folder / str(step), f"{name}.json"
     _check_file(root / index, content["indices"].get(index))
     listed = _read_json(root / index)
     _checked(Hashes, listed, root / index)
     with _readable(root / name):
         found = _listed(root / name)
-    if missing := sorted(listed.keys() - set(found)):  # also a name that leads elsewhere
+    if missing := sorted(listed.keys() - set(found)):  # links count as missing too
         raise Damaged(printable(f"{root / name / missing[0]} is missing"))
     if extra := sorted(set(found) - listed.keys()):
         raise Damaged(f"{root / name / extra[0]} was not written with this checkpoint")
@@ -182,7 +183,7 @@ def check_shard(folder: Path, step: int, name: str, content: dict[str, Any]) -> 
 
 
 def check(folder: Path, step: int) -> dict[str, Any]:
-    """`read`, after all files of the checkpoint were checked."""
+    """The content of a checkpoint's manifest, as `read` returns it, after all files have been checked."""
     content = read(folder, step)
     for index in content["indices"]:
         check_shard(folder, step, index.removesuffix(".json"), content)
@@ -190,7 +191,7 @@ def check(folder: Path, step: int) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> dict[int, str | None]:
-    """By step, what is wrong with a checkpoint: None where it is as it was written. Every file is read."""
+    """For each step what is wrong with its checkpoint (None: nothing). Reads every file."""
     found: dict[int, str | None] = {}
     for step in steps(Path(folder)):
         try:
@@ -202,7 +203,7 @@ def verify(folder: str | Path) -> dict[int, str | None]:
 
 
 def newest_good(folder: Path) -> int | None:
-    """The last step whose checkpoint is as it was written."""
+    """The last step with an undamaged checkpoint; None if there is none."""
     for step in reversed(steps(folder)):
         with suppress(InputError):
             check(folder, step)
@@ -223,7 +224,7 @@ def _check_file(path: Path, known: list | None) -> None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """An OSError of the block, such as that of a failing disk, is Damaged, which names the path."""
+    """Within the block an OSError, such as that of a failing disk, becomes Damaged, which names the path."""
     try:
         yield
     except FileNotFoundError as error:
@@ -261,18 +262,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: {printable(error)}") from error
-    if not isinstance(value, dict) or _text(value) != data:  # a changed blank, say
+    if not isinstance(value, dict) or _text(value) != data:  # such as a changed blank
         raise Damaged(f"{path} is damaged: it is not what was written")
     return value
 
 
 def _text(value: dict) -> bytes:
-    """JSON that is the same for equal values."""
+    """JSON in a canonical form: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
 def _remove(folder: Path) -> None:
-    """In one step for all who list checkpoints."""
+    """Remove a checkpoint after a rename, so that it disappears from the list in one step."""
     try:
         strangers = marks.sort_out(folder, lambda path: is_ours(f"{folder.name}/{path}")).strangers
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in JSON: every field, its type and its range."""
+"""The JSON content of a checkpoint's manifest: every field with its type and range."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -11,6 +11,8 @@ Hashes = dict[str, tuple[Natural, Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class Scalars:
+    """The counters of a training state."""
+
     step: Natural
     skipped: Natural
     streak: Natural
@@ -18,7 +20,7 @@ class Scalars:
 
 @dataclass(frozen=True)
 class Content:
-    """What a manifest says of a state."""
+    """The content of a manifest."""
 
     format: str
     step: Natural

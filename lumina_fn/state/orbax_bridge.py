@@ -1,4 +1,4 @@
-"""Orbax, imported where it is needed, and quiet where it fails: who waits for it is told, and nobody else."""
+"""Orbax, imported at first use, with its log output suppressed: its errors reach the caller that waits."""
 
 import logging
 import sys
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def load() -> tuple[ModuleType, Any]:
-    """orbax.checkpoint, and a handler of trees. With jax this takes seconds and 150 MB, which only those who save or restore pay."""
+    """The module orbax.checkpoint and a handler for trees. The import takes seconds and, with jax, 150 MB; so it is done at first use."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # it would look for accelerators, and take them
+    jax.config.update("jax_platforms", "cpu")  # else it would search for accelerators and occupy them
     import orbax.checkpoint
 
     handler = orbax.checkpoint.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
@@ -22,12 +22,12 @@ def load() -> tuple[ModuleType, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Its threads raise to who waits for them, and four times more to the terminal, with pages of traceback.
+    """Within the block Orbax's log output is suppressed: its threads print each error four times, beside raising it to the caller.
 
-    After an error that stays shut: what was still being written fails later.
+    After an error it stays suppressed: other writes still under way fail later.
     """
     raised, unraisable = threading.excepthook, sys.unraisablehook
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]  # the second: of tasks that nobody waited for
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]  # asyncio: tasks whose result was never retrieved
     levels = [log.level for log in logs]
 
     def of_thread(error: Any) -> None:

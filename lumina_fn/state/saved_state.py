@@ -1,7 +1,7 @@
-"""A training state on the disk: written by Orbax while training goes on, read back onto any number of ranks.
+"""A training state on the disk: written by Orbax while training continues, restored on any number of ranks.
 
-Every rank that holds a part of a copy writes it as a checkpoint of its own, without jax.distributed; `manifest` joins them. A unit
-is stored as arrays that lie end to end in its flat vector, so that any other cut of it can be read from them, a unit at a time.
+Every rank that holds a part of a copy writes it as a checkpoint of its own, without jax.distributed; `manifest` joins them. The arrays
+of a unit lie end to end in its flat vector, so that any other division of it can be read from them, a unit at a time.
 """
 
 import shutil
@@ -32,8 +32,8 @@ from lumina_fn.train import TrainState
 Shapes = dict[str, tuple[int, ...]]  # by tree path
 TREES = ("params", "mu", "nu")
 SCALARS = ("step", "skipped", "streak")
-PATIENCE = 7 * 24 * 3600  # seconds that a save may take: a slow disk is no error
-ROOM = 64 << 20  # bytes that must be free beside what is written, for what a file system keeps of its own
+PATIENCE = 7 * 24 * 3600  # seconds that a save may take: a slow disk is not an error
+ROOM = 64 << 20  # bytes that must be free beside the checkpoint, for the file system's own data
 
 
 class Saving:
@@ -43,11 +43,12 @@ class Saving:
         self._thread, self._errors = thread, errors
 
     def failed(self) -> bool:
+        """Whether an error has been met so far; `wait` raises it."""
         return bool(self._errors)
 
     def wait(self) -> None:
-        """Until it has its name on every rank. Raises InputError where it could not be written, and what `barrier` raised."""
-        while self._thread.is_alive() and not self._errors:  # a rank that failed does not wait for the others
+        """Wait until the checkpoint has its name. Raises InputError if it could not be written, and any error of `barrier`."""
+        while self._thread.is_alive() and not self._errors:  # after an error do not wait for other ranks
             self._thread.join(0.05)
         if self._errors:
             raise self._errors[0]
@@ -57,11 +58,11 @@ def save(
     folder: str | Path, step: int, state: TrainState, meta: dict[str, Any], mesh: Mesh | None = None, *,
     barrier: Callable[[], None] = lambda: None, keep: int | None = None, keep_every: int | None = None,
 ) -> Saving:  # fmt: skip
-    """Write a checkpoint of a state while training goes on: returns once the state is copied, and may be written over.
+    """Write a checkpoint of a state while training continues; returns when the state is copied and may be overwritten.
 
     Every rank of a mesh calls this with its part; `barrier`, called from a thread of its own, waits for all of them. One
-    checkpoint at a time. `meta` is anything that JSON holds. Afterwards all but the last `keep` (None: all) and the multiples
-    of keep_every are removed. InputError where there is no room; nothing that was saved before is touched then.
+    checkpoint at a time. `meta` is any JSON value. Afterwards all but the last `keep` checkpoints (None: all stay) and multiples of
+    keep_every are removed. Raises InputError if there is no room; earlier checkpoints then stay.
     """
     folder = Path(folder).absolute()
     ocp, handler = orbax_bridge.load()
@@ -80,7 +81,7 @@ def save(
     }  # fmt: skip
     errors: list[Exception] = []
     writer = None
-    if rank < parts:  # others hold copies of the same
+    if rank < parts:  # other ranks hold copies of the same parts
         writer = ocp.AsyncCheckpointer(handler, timeout_secs=PATIENCE)
         with _disk_errors(folder, step):
             writer.save(tmp / manifest.shard(rank), args=ocp.args.PyTreeSave(_tree(state)), force=True)
@@ -98,7 +99,7 @@ def save(
                     manifest.commit(folder, step, content)
                     manifest.prune(folder, keep, keep_every)
             barrier()
-        except Exception as error:  # for who waits
+        except Exception as error:  # raised again by Saving.wait
             errors.append(error)
 
     (thread := Thread(target=finish, daemon=True)).start()
@@ -109,11 +110,11 @@ def restore(
     folder: str | Path, step: int | None = None, mesh: Mesh | None = None, *, device: torch.device | str = "cpu",
     like: model.Params | None = None, check: Callable[[dict[str, Any]], None] = lambda meta: None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """The state of a step (None: the last) and its meta, cut for this mesh, whatever mesh it was saved from.
+    """The state of a step (None: the last) and its meta, divided for this mesh; it may have been saved from any other mesh.
 
-    Only the files that this rank needs are read, after their checksums: Damaged, which names the file and the last checkpoint
-    that is good, as Unusable does for a newer format. InputError for no checkpoint, and one of other shapes than `like`. `check`
-    is called with the meta before any array is read, and refuses by raising.
+    Only the files that this rank needs are read, after their checksums. Raises Damaged for a damaged file and Unusable for a newer
+    format, both with the name of the last good checkpoint; InputError if there is no checkpoint, or one with other shapes than
+    `like`. `check` is called with the meta before any array is read, and may raise.
     """
     folder = Path(folder).absolute()
     saved = manifest.steps(folder)
@@ -145,18 +146,18 @@ def _restore(
         stored.fill(out, tree, number, part * len(out))
         if mesh is not None:
             return Sharded(out.to(device), layout)
-        # Memory of its own for each leaf, as when the run began: how a product is summed may depend on where a matrix lies.
+        # Separate memory for each leaf, as at the start of a run: the rounding of a product may depend on a matrix's alignment.
         return pytree.tree_map(lambda leaf: leaf.to(device, copy=True), sharding.unflatten(out, layout))
 
     whole = stored.whole
-    numbers = model.Params(0, tuple(range(1, 1 + len(whole.blocks))), 1 + len(whole.blocks))
-    trees = (model.over_units(lambda n, unit, tree=tree: cut(tree, n, unit), numbers, whole) for tree in TREES)
+    numbers = model.Params._make([0, tuple(range(1, 1 + len(whole.blocks))), 1 + len(whole.blocks)])
+    params, mu, nu = (model.over_units(lambda n, unit, tree=tree: cut(tree, n, unit), numbers, whole) for tree in TREES)
     step_, skipped, streak = (torch.tensor(stored.content["scalars"][name], device=device) for name in SCALARS)
-    return TrainState(step_, *trees, skipped, streak), stored.content["meta"]
+    return TrainState(step_, params, mu, nu, skipped, streak), stored.content["meta"]
 
 
 class Stored:
-    """A checkpoint to read from. Its files are checked when they are first needed."""
+    """A checkpoint to read from; each of its files is checked at first use."""
 
     def __init__(self, folder: Path, step: int):
         self.folder, self.step, self.content = folder.absolute(), step, manifest.read(folder, step)
@@ -171,14 +172,14 @@ class Stored:
         self.shapes: Shapes = {path: tuple(found[path]) for path in names.flatten(like)}
         shaped = {path: torch.empty(shape, dtype=self.dtype, device="meta") for path, shape in self.shapes.items()}
         self.whole: model.Params = names.unflatten(like, shaped)
-        self.units = (self.whole.embed, *self.whole.blocks, self.whole.head)
+        self.units = model.units(self.whole)
         self._ocp, handler = orbax_bridge.load()
         self._reader = self._ocp.Checkpointer(handler)
         self._checked: set[int] = set()
         self._last: tuple[tuple[int, str, int], list[Tensor]] = ((-1, "", -1), [])  # leaves of a unit are read in order
 
     def fill(self, out: Tensor, tree: str, number: int, first: int) -> None:
-        """The elements from `first` on of a unit's flat vector; what lies beyond its end stays as it is."""
+        """Fill `out` with a unit's flat vector from element `first` on; what lies beyond the vector's end is not changed."""
         sizes = [leaf.numel() for leaf in pytree.tree_leaves(self.units[number])]
         parts = self.content["parts"]
         n, last = -(-sum(sizes) // parts), min(first + len(out), sum(sizes))
@@ -198,7 +199,7 @@ class Stored:
                 begin += len(piece)
 
     def parameters(self, dtype: torch.dtype) -> dict[str, Later]:
-        """Every parameter by tree path, read when it is asked for."""
+        """Every parameter by tree path, read when it is made."""
         found, paths = {}, iter(self.shapes.items())
         for number, unit in enumerate(self.units):
             first = 0
@@ -218,7 +219,7 @@ class Stored:
             if part not in self._checked:
                 manifest.check_shard(self.folder, self.step, manifest.shard(part), self.content)
                 self._checked.add(part)
-            self._last = ((-1, "", -1), [])  # given up before the next one is there
+            self._last = ((-1, "", -1), [])  # freed before the next one is read
             pieces = [_piece(i) for i in range(1 if self.content["flat"] else leaves)]
             under = lambda value: {tree: {_unit(number): dict.fromkeys(pieces, value)}}
             arguments = self._ocp.args.PyTreeRestore(
@@ -227,34 +228,31 @@ class Stored:
             path = self.folder / str(self.step) / manifest.shard(part)
             try:
                 read = self._reader.restore(path, args=arguments)[tree][_unit(number)]
-            except (OSError, ValueError, KeyError, TypeError) as error:  # pruned, say, by the run that goes on
+            except (OSError, ValueError, KeyError, TypeError) as error:  # such as pruned by a run in progress
                 raise Damaged(f"{path} went away or changed while it was read") from error
             self._last = ((part, tree, number), [torch.from_numpy(read[name]).view(self.dtype) for name in pieces])
         return self._last[1]
 
 
 def shapes(params: model.Params) -> Shapes:
-    """Those of a tree, or of the tree that these are parts of, by path."""
+    """The shapes of a tree by path; of a sharded tree, those of the whole tree."""
     if not isinstance(params.head, Sharded):
         return {path: tuple(leaf.shape) for path, leaf in names.flatten(params).items()}
-    of_units = (shape for unit in (params.embed, *params.blocks, params.head) for shape in unit.layout.shapes)
-    return dict(zip(_paths(len(params.blocks)), of_units, strict=True))
+    return dict(zip(_paths(len(params.blocks)), sharding.whole_shapes(model.units(params)), strict=True))
 
 
-@lru_cache(maxsize=8)  # a tenth of a second, in which a step would be blocked
+@lru_cache(maxsize=8)  # takes 0.1 s, for which a step would be blocked
 def _paths(layers: int) -> tuple[str, ...]:
     return tuple(names.flatten(model.init(replace(LUMINA_7B, layers=layers), device="meta")))
 
 
 def _tree(state: TrainState) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """What Orbax is given: a view of every array that is on the CPU, by tree, unit and piece."""
+    """The arrays for Orbax by tree, unit and piece; views of those that are on the CPU."""
     tree = {}
     for name in TREES:
-        params = getattr(state, name)
-        units = (params.embed, *params.blocks, params.head)
         tree[name] = {
             _unit(i): {_piece(j): _array(leaf) for j, leaf in enumerate(pytree.tree_leaves(unit))}
-            for i, unit in enumerate(units)
+            for i, unit in enumerate(model.units(getattr(state, name)))
         }
     return tree
 
@@ -282,7 +280,7 @@ def _check_room(folder: Path, size: int) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path, step: int) -> Iterator[None]:
-    """What goes wrong while a checkpoint is written is the disk's, or that of who owns it: an InputError. What was written goes."""
+    """Within the block an error of writing a checkpoint becomes an InputError, and the unfinished checkpoint is removed."""
     try:
         yield
     except (OSError, ValueError) as error:  # tensorstore raises the latter

@@ -1,4 +1,4 @@
-"""The notebooks: each pair holds the same cells, no outputs are kept, and every cell runs."""
+"""The notebooks: each pair holds the same cells, every cell was run and its output is kept, and every cell runs."""
 
 import jupytext
 import nbformat
@@ -27,7 +27,11 @@ def test_there_are_five():
 def test_pair_holds_the_same_cells(path):
     ours, theirs = jupytext.read(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     assert [(c.cell_type, c.source) for c in ours.cells] == [(c.cell_type, c.source) for c in theirs.cells]
-    assert not any(c.get("outputs") or c.get("execution_count") for c in theirs.cells)
+    code = [cell for cell in theirs.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = [out.output_type for cell in code for out in cell.outputs]
+    assert "error" not in kinds
+    assert "display_data" in kinds  # a figure, visible where code is shown
 
 
 @pytest.mark.slow

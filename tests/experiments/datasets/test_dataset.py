@@ -322,7 +322,6 @@ def test_an_empty_set(call, tmp_path, taken_over):
 
 
 MISTAKES = {
-    "no command": (),
     "another command": ("look", "{features}"),
     "nothing there": ("report", "{tmp}/gone.json"),
     "no feature set": ("report", "{tmp}"),
@@ -359,6 +358,12 @@ def test_a_manifest_that_is_no_manifest(call, tmp_path, made, damage):
     code, _, err = call("report", features)
     assert code == 2
     assert "manifest.jsonl" in err
+
+
+def test_without_a_command_the_usage_is_shown(call):
+    code, out, err = call()
+    assert (code, out) == (2, "")
+    assert "verify FEATURES" in err
 
 
 def test_help_is_there(call):

@@ -252,10 +252,10 @@ def pieces(page: str) -> tuple[list[list[int]], list[str]]:
 
 
 def test_the_chinese_page_has_the_same_tables_and_blocks():
-    assert pieces("from-mindspeed.md") == pieces("from-mindspeed.zh.md")
+    assert pieces("how-to/from-mindspeed.md") == pieces("zh/how-to/from-mindspeed.md")
     names = lambda page: [
         re.findall("`[^`]+`", line.split(" | ")[0])
         for line in (ROOT / "docs" / page).read_text().splitlines()
         if line.startswith("| `")
     ]
-    assert names("from-mindspeed.md") == names("from-mindspeed.zh.md")
+    assert names("how-to/from-mindspeed.md") == names("zh/how-to/from-mindspeed.md")

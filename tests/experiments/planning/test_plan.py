@@ -1,12 +1,14 @@
 """What the command `plan` prints, and how it answers mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from experiments import plan
+from experiments.planning import plan as planning
 from lumina_fn import checkpoint, model
 from lumina_fn.process import entry
 from tests.support import folders
@@ -20,7 +22,7 @@ GROWING = (lambda n: 7 + 3 * n, lambda n: 5 * n + max(0, 9 * (n - 4)), lambda n:
 @pytest.mark.parametrize("grows", GROWING)
 @pytest.mark.parametrize("room", [0, 1, 10, 33, 40, 100])
 def test_the_largest_that_fits(grows, room):
-    assert plan.largest(grows, room, 20) == max((n for n in range(1, 21) if grows(n) <= room), default=0)
+    assert planning.largest(grows, room, 20) == max((n for n in range(1, 21) if grows(n) <= room), default=0)
 
 
 SMALL = [
@@ -88,8 +90,8 @@ def test_a_folder_needs_its_config_alone(tmp_path, capsys):
     for path in [*(tmp_path / "native").iterdir(), *(tmp_path / "hf").iterdir()]:
         if path.name != "config.json":
             path.unlink()
-    assert plan.read_config(tmp_path / "native") == TINY
-    assert plan.read_config(tmp_path / "hf").width == folders.SMALL["hidden_size"]
+    assert planning.read_config(tmp_path / "native") == TINY
+    assert planning.read_config(tmp_path / "hf").width == folders.SMALL["hidden_size"]
     assert plan.main(["--devices", "1", "--model", str(tmp_path / "hf"), "--compile", "off", "--layers", "3"]) == 0
     assert "3 layers, width 16, 4 heads" in capsys.readouterr().out
 
@@ -101,7 +103,6 @@ def test_a_folder_needs_its_config_alone(tmp_path, capsys):
         ("--devices 8 -2", "--devices -2: expected"),
         ("--devices 12", "--devices 12: expected whole nodes of --devices-per-node 8"),
         ("--devices two", "--devices"),
-        ("", "--devices"),
         ("--devices 8 --layers -1", "--layers -1: expected"),
         ("--devices 8 --seq 0", "--seq 0: expected"),
         ("--devices 8 --micro-batch 0", "--micro-batch 0: expected"),
@@ -125,6 +126,15 @@ def test_a_mistake_is_one_line(flags, message, monkeypatch, capsys):
     assert message in line
 
 
+def test_without_flags_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        entry.run(lambda _: plan.main([]))
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert usage[0].startswith("usage: ")
+    assert line.startswith("error: expected --devices INT; see ")
+
+
 @pytest.fixture(scope="module")
 def shown() -> list[str]:
     """What the command prints of the 7B, and in the last line what that took."""
@@ -138,25 +148,40 @@ def test_the_7b_is_planned_in_seconds_and_not_allocated(shown):
     assert size < 1e9
 
 
-@SLOW
-def test_the_readmes_table_is_what_is_printed(shown):
-    """Some of its rows are left out there."""
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| per device, of") :].split("\n\n")[0].splitlines()
-    printed = [line for line in shown if line.startswith("|")]
-    assert table == [line for line in printed if line in table]
+def cells(line: str) -> list[str]:
+    return [cell.strip(" `*") for cell in line.split("|")[1:-1]]
+
+
+def page(head: str) -> list[list[str]]:
+    """The rows of the table in docs/numbers.md whose first line begins so."""
+    text = (ROOT / "docs/numbers.md").read_text()
+    return [cells(line) for line in text[text.index(f"| {head} |") :].split("\n\n")[0].splitlines()[2:]]
 
 
 @SLOW
-def test_the_readmes_roofline_is_what_is_printed_and_what_plan_says():
+def test_the_numbers_on_the_page_are_what_is_printed(shown):
+    """Some of the printed rows are left out there; a cell that holds two numbers is two cells."""
+    printed = {cells(line)[0].split(",")[0]: cells(line)[1:] for line in shown if line.startswith("|")}
+    numbers = lambda text: re.findall(r"[\d.]+", text)
+    for part, head in enumerate(("GB when the peak occurs", "GB at its own largest moment")):
+        for name, *values in page(head):
+            assert values == [numbers(cell)[part] for cell in printed[name]], name
+    for head in ("whole device", "a step"):
+        for name, *values in page(head):
+            key = name.split(",")[0].removeprefix("part ").removesuffix(" of the device")
+            assert values == [numbers(cell)[0] for cell in printed[key]], name
+
+
+@SLOW
+def test_the_roofline_on_the_page_is_what_is_printed_and_what_plan_says():
     flags = ("--devices", 8, "--seq", 1024)
-    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
     printed = [cells(line) for line in call(*flags, "--roofline").splitlines() if line.startswith("|")]
-    readme = (ROOT / "README.md").read_text()
-    told = readme[readme.index("| MFU (peak memory, GB), of") :].split("\n\n")[:2]
-    assert [row[:2] for row in map(cells, "\n".join(told).splitlines()) if "---" not in row[0]] == [
-        row for row in printed if "---" not in row[0]
-    ]
+    text = (ROOT / "docs/numbers.md").read_text()
+    tables = [block for block in text.split("\n\n") if block.startswith("| strategy | micro batch |")]
+    assert len(tables) == 2
+    for rows in zip(*(map(cells, table.splitlines()[2:]) for table in tables), strict=True):
+        (strategy, micro, mfu, *_), (_, _, peak, *_) = rows
+        assert [f"{strategy}, micro batch {micro}", f"{mfu}% ({peak})"] in printed
     prefetched = ("--forward-prefetch", "--backward-prefetch", "--micro-batch", 4, "--strategy", "sdp", "--json")
     [one] = json.loads(call(*flags, *prefetched))
     assert ["sdp, micro batch 4", f"{one['mfu']:.1%} ({one['peak'] / 1e9:.0f})"] in printed

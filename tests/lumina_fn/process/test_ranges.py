@@ -14,7 +14,7 @@ from lumina_fn.process.flags import _given, parse
 from lumina_fn.process.ranges import Range
 
 # Not plan: it checks its own numbers.
-COMMANDS = ("finetuning.settings", "pretokenize", "sample", "dataset", "datasets.verify", "migrate")
+COMMANDS = ("finetuning.settings", "pretokenize", "sample", "dataset", "migrate")
 SIZES = {"size", "width", "height"}  # in pixels: those of a list
 
 
@@ -61,5 +61,7 @@ def test_a_float_without_a_range_is_finite():
 @pytest.mark.parametrize("flag", ["--weight-decay", "--clip", "--z-weight"])
 @pytest.mark.parametrize("text", ["nan", "-1", "-inf", "words"])
 def test_an_export_takes_the_same_ranges(flag, text):
-    with pytest.raises(InputError, match=rf"{flag} {text}: expected|argument {flag}: invalid float value: '{text}'"):
+    with pytest.raises(
+        InputError, match=rf"{flag} {text}(\.0)?: expected|argument {flag}: invalid float value: '{text}'"
+    ):
         parse(export.Settings, None, ["m", "o", "--what", "step", "--target", "cpu", f"{flag}={text}"])
