@@ -21,10 +21,8 @@ SWEEPS = (
     # every op is measured and counted, uncompiled
     "tests/kernels/test_bench.py::test_every_op_compiles",
     "tests/kernels/test_bench.py::test_compiled_takes_its_turns",
-    # every strategy equals one process [2]
-    "tests/lumina_fn/test_sharding.py::test_every_strategy_equals_one_process[1]",
-    "tests/lumina_fn/test_sharding.py::test_every_strategy_equals_one_process[3]",
-    "tests/lumina_fn/test_sharding.py::test_every_strategy_equals_one_process[4]",
+    # two processes equal one: every strategy uncompiled, fsdp compiled too
+    "tests/lumina_fn/test_sharding.py::test_every_strategy_equals_one_process",
     "tests/lumina_fn/test_sharding.py::test_the_whole_step_compiled_equals_one_process",
     # one mesh restores what another saved
     "tests/lumina_fn/state/test_saved_state.py::test_any_mesh_restores_what_any_other_saved",
@@ -56,7 +54,9 @@ SWEEPS = (
     # a full disk ends finetune with one line [before]
     "tests/lumina_fn/state/test_damage.py::test_a_full_disk_ends_finetune_with_one_line[meanwhile]",
     "tests/bench/test_bench.py::test_our_side_of_the_language_rows_is_the_gradient_of_the_loss",
-    # pages and notebooks, each whole
+    # the same with 64 rows and one kill
+    "tests/experiments/pretokenizing/test_pretokenize.py::test_any_number_of_processes_killed_or_not_makes_the_same_set[240",
+    # notebooks
     "tests/experiments/test_notebooks.py::test_notebook_runs[3",
     "tests/experiments/test_notebooks.py::test_notebook_runs[4",
     "tests/experiments/test_notebooks.py::test_notebook_runs[5",
