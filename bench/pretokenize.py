@@ -20,7 +20,7 @@ from PIL import Image
 
 from experiments.demo import tasks
 from experiments.pretokenizing import shard_claims
-from experiments.pretokenizing.encoding import encode_shards
+from experiments.pretokenizing.encoding import Work, encode_shards
 from experiments.pretokenizing.rows import Recipe, prepare
 from experiments.pretokenizing.run import encoder
 from experiments.pretokenizing.shard_claims import Shard
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             planned = [Shard(0, "features.safetensors", range(len(rows)))]
             claimed = shard_claims.claimed(out, planned, 0, 1)
             tally = encode_shards(
-                claimed, ready, encode, write, batch=run.batch, workers=2, progress=lambda n: None
+                claimed, Work(ready, encode, write), batch=run.batch, workers=2, progress=lambda n: None
             )  # fmt: skip
             return tally.wall
 

@@ -51,10 +51,11 @@ def verify(run: "Verify") -> int:
     roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
     sample = sorted(np.random.default_rng(run.seed).permutation(len(features))[: run.n].tolist())
     total, faults = Compared(0, 0, None), 0
+    made = Made(features, params, cfg, tokenizer, roots)
     for item in sample:
         entry = done[item]
         row = rows[entry["row"]] if entry["row"] < len(rows) else None
-        found = _compare(entry, row, roots, features, item, params, cfg, tokenizer, run.allow)
+        found = _compare(entry, row, item, made, run.allow)
         total = Compared(total.codes + found.codes, total.equal + found.equal, None)
         if found.fault:
             faults += 1
@@ -86,17 +87,18 @@ def _same_tokenizer(path: Path, features: data.FeatureSet) -> Tokenizer:
     return tokenizer
 
 
-def _compare(
-    entry: dict,
-    value: Any,
-    roots: Sequence[Path],
-    features: data.FeatureSet,
-    item: int,
-    params: vq.Params,
-    cfg: VQConfig,
-    tokenizer: Tokenizer | None,
-    allow: float,
-) -> Compared:
+class Made(NamedTuple):
+    """A feature set, and what made it."""
+
+    features: data.FeatureSet
+    params: vq.Params
+    cfg: VQConfig
+    tokenizer: Tokenizer | None
+    roots: Sequence[Path]  # folders that pictures may lie in
+
+
+def _compare(entry: dict, value: Any, item: int, made: Made, allow: float) -> Compared:
+    features, params, cfg, tokenizer, roots = made
     changed = lambda why: Compared(0, 0, why)
     try:
         row = dataset.row(value)

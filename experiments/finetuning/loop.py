@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,7 +15,7 @@ from experiments.finetuning.metrics import Log
 from experiments.finetuning.resuming import Checkpoints
 from experiments.finetuning.settings import Settings
 from experiments.launching import distributed
-from experiments.launching.distributed import World
+from experiments.launching.distributed import Sharing, World
 from experiments.planning import memory
 from experiments.planning.memory import Room
 from lumina_fn import checkpoint, errors, model, optim, train
@@ -27,6 +28,18 @@ from lumina_fn.process.out_of_memory import OutOfMemory
 from lumina_fn.sharding import Mesh
 from lumina_fn.state.manifest import CHECKPOINTS, ORIGIN
 from lumina_fn.train import TrainState
+
+
+class Job(NamedTuple):
+    """What one rank computes with, fixed for a whole run."""
+
+    run: Settings
+    world: World
+    mesh: Mesh | None
+    cfg: ModelConfig
+    device: torch.device
+    compute: torch.dtype
+
 
 STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
 
@@ -51,6 +64,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
     longest = checks.features(run, world, features, cfg)
+    job = Job(run, world, mesh, cfg, device, compute)
     stored = checkpoint.stored_dtype(run.model)
     about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
     with run_folder.held(out, resume, overwrite) if world.rank == 0 else nullcontext(False) as afresh:
@@ -64,12 +78,13 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
         if note := room.note():
             world.say(note)
         with room.during(f"while {run.model} was loaded", memory.SHARED):
-            state, totals = _state(run, world, mesh, cfg, device, compute, out, start, about)
+            state, totals = _state(job, out, start, about)
         if world.rank == 0:
             world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
-        kept = Checkpoints(out / CHECKPOINTS, run, range(start, run.steps), mesh, world, about, totals)
+        kept = Checkpoints(out / CHECKPOINTS, run, range(start, run.steps), mesh, world, about)
+        kept.totals = totals
         try:
-            state, stopped = finetune(run, world, mesh, state, kept, cfg, features, device, compute, room)
+            state, stopped = finetune(job, state, kept, features, room)
         except OutOfMemory:
             kept.wait()  # the checkpoint that is being written is good
             raise
@@ -109,11 +124,9 @@ def _since(state: TrainState) -> str:
     return f"step {int(state.step)} left parameters or moments that are not finite"
 
 
-def _state(
-    run: Settings, world: World, mesh: Mesh | None, cfg: ModelConfig, device: torch.device, compute: torch.dtype, out: Path,
-    start: int, about: dict,
-) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
+def _state(job: Job, out: Path, start: int, about: dict) -> tuple[TrainState, dict[str, float]]:
     """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
+    run, world, mesh, cfg, device, compute = job
     if start:
         like = model.init(cfg, device="meta")
         check = lambda meta: resuming.check(meta, about, out, run.features)
@@ -136,10 +149,10 @@ def _state(
 
 
 def finetune(
-    run: Settings, world: World, mesh: Mesh | None, state: TrainState, kept: Checkpoints, cfg: ModelConfig,
-    features: Mixture, device: torch.device, compute: torch.dtype, room: Room,
-) -> tuple[TrainState, int | None]:  # fmt: skip
+    job: Job, state: TrainState, kept: Checkpoints, features: Mixture, room: Room
+) -> tuple[TrainState, int | None]:
     """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
+    run, world, mesh, cfg, device, compute = job
     make_step = lambda noise: train.make_train_step(
         cfg, _optimizer(run), mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
         remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
@@ -197,10 +210,10 @@ def _exchanged(run: Settings, compute: torch.dtype) -> tuple[torch.dtype, torch.
 
 def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtype) -> Mesh | None:
     param_dtype, reduce_dtype = _exchanged(run, compute)
-    return distributed.mesh(
-        world, device, strategy=run.strategy, shard_size=run.shard_size, param_dtype=param_dtype, reduce_dtype=reduce_dtype,
-        forward_prefetch=run.forward_prefetch, backward_prefetch=run.backward_prefetch,
-    )  # fmt: skip
+    sharing = Sharing(
+        run.strategy, param_dtype, reduce_dtype, run.shard_size, run.forward_prefetch, run.backward_prefetch
+    )
+    return distributed.mesh(world, device, sharing)
 
 
 def _micro_batch(run: Settings, world: World) -> int:

@@ -50,12 +50,12 @@ class Checkpoints:
     """Those of a run, written one at a time while it goes on."""
 
     def __init__(
-        self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, world: World, about: Mapping[str, Any],
-        totals: Mapping[str, float],
-    ):  # fmt: skip
+        self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, world: World, about: Mapping[str, Any]
+    ):
         self.folder, self.every = folder, settings.save_every
         self.keep, self.keep_every = settings.keep, settings.keep_every
-        self.steps, self.mesh, self.world, self.about, self.totals = steps, mesh, world, about, totals
+        self.steps, self.mesh, self.world, self.about = steps, mesh, world, about
+        self.totals: Mapping[str, float] = {}  # the metrics' sums so far, which the next checkpoint holds
         self.last = steps.start  # the step that was saved last, or that the run went on from
         self._barrier = world.background_barrier()
         self._saving: Saving | None = None

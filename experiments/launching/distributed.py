@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -218,21 +219,26 @@ def _meet(launch: dist.Store, rank: int, size: int) -> str:
     return own
 
 
-def mesh(
-    world: World, device: torch.device, *, strategy: str, param_dtype: torch.dtype, reduce_dtype: torch.dtype,
-    shard_size: int | None, forward_prefetch: bool, backward_prefetch: bool,
-) -> Mesh | None:  # fmt: skip
+class Sharing(NamedTuple):
+    """How ranks share parameters: lumina_fn.sharding.Mesh says what each field means."""
+
+    strategy: str
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    shard_size: int | None
+    forward_prefetch: bool
+    backward_prefetch: bool
+
+
+def mesh(world: World, device: torch.device, sharing: Sharing) -> Mesh | None:
     """Who shares what; None for a process on its own. hybrid strategies shard within a host, or groups of shard_size ranks."""
     if world.size == 1:
         return None
-    shard_size = shard_size or world.local_size
-    if strategy.startswith("hybrid") and world.size % shard_size:
+    shard_size = sharing.shard_size or world.local_size
+    if sharing.strategy.startswith("hybrid") and world.size % shard_size:
         raise InputError(f"--shard-size {shard_size}: expected a divisor of the {world.size} ranks")
     dist.init_process_group(
         dist.get_default_backend_for_device(device), store=dist.PrefixStore("group", world.attempt), rank=world.rank,
         world_size=world.size, timeout=COMPUTE,
     )  # fmt: skip
-    return Mesh(
-        dist.group.WORLD, world.rank, world.size, device, strategy, param_dtype, reduce_dtype, shard_size,
-        forward_prefetch, backward_prefetch,
-    )  # fmt: skip
+    return Mesh(dist.group.WORLD, world.rank, world.size, device, **sharing._replace(shard_size=shard_size)._asdict())

@@ -51,10 +51,22 @@ def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) 
         yield queue.popleft().result()
 
 
+class Work(NamedTuple):
+    """What is done with a row, with a batch of pictures, and with a whole shard."""
+
+    prepare: Callable[[int], Prepared | Rejected]  # a row's number
+    encode: Encode
+    write: Callable[[Shard, list[Feature], list[Rejected]], str]  # returns the file's checksum
+
+
 def encode_shards(
-    claimed: Iterator[tuple[Shard, Callable[[str], None]]], prepare: Callable[[int], Prepared | Rejected], encode: Encode,
-    write: Callable[[Shard, list[Feature], list[Rejected]], str], *, batch: int, workers: int, progress: Callable[[int], None],
-) -> Tally:  # fmt: skip
+    claimed: Iterator[tuple[Shard, Callable[[str], None]]],
+    work: Work,
+    *,
+    batch: int,
+    workers: int,
+    progress: Callable[[int], None],
+) -> Tally:
     """Make every shard that is claimed; `progress` is told the rows that are done, a claim the checksum that `write` returns.
 
     Pictures of equal size among WINDOW batches of rows of a shard are encoded together: a function of the shard alone.
@@ -69,7 +81,7 @@ def encode_shards(
     with ExitStack() as stack:
         pool = lambda threads: stack.enter_context(ThreadPoolExecutor(threads))
         readers, stacker, writer = pool(workers), pool(1), pool(1)
-        prepared = ahead(readers, prepare, all_rows(), WINDOW * batch)
+        prepared = ahead(readers, work.prepare, all_rows(), WINDOW * batch)
         writing: deque[Future[None]] = deque()
         while first := next(prepared, None):
             shard, release = open_shards.popleft()
@@ -82,12 +94,12 @@ def encode_shards(
                 codes: dict[int, np.ndarray] = {}
                 for part, tensor in ahead(stacker, _stack, _groups(good, batch), 1):
                     start = time.perf_counter()
-                    codes |= {p.row: c for p, c in zip(part, encode(tensor), strict=True)}
+                    codes |= {p.row: c for p, c in zip(part, work.encode(tensor), strict=True)}
                     busy += time.perf_counter() - start
                 features += [Feature(p.row, p.text, codes[p.row], p.sha256, p.source) for p in good]
                 rows += len(window)
                 progress(len(window))
-            writing.append(writer.submit(_written, write, shard, features, rejected, release))
+            writing.append(writer.submit(_written, work.write, shard, features, rejected, release))
             while len(writing) > 1:  # a shard's worth waits at the most
                 writing.popleft().result()
         for future in writing:

@@ -19,7 +19,7 @@ from experiments.finetuning import run_folder
 from experiments.launching.distributed import World
 from experiments.planning import memory
 from experiments.pretokenizing import folder, shard_claims
-from experiments.pretokenizing.encoding import Encode, Tally, encode_shards
+from experiments.pretokenizing.encoding import Encode, Tally, Work, encode_shards
 from experiments.pretokenizing.rows import Recipe, prepare
 from experiments.pretokenizing.shard_claims import Shard
 from lumina_fn import checkpoint, data, errors, images, prompt, vq
@@ -57,7 +57,8 @@ def main(run: "Settings", world: World) -> None:
         if world.rank == 0:
             folder.begin(out, origin, planned, overwrite=run.overwrite, shard=run.shard, retry=run.retry)
         world.barrier()
-        tally = _encode(run, world, out, rows, planned, tokenizer, encoder(vq_params, vq_cfg, device))
+        work = _work(run, out, rows, tokenizer, encoder(vq_params, vq_cfg, device))
+        tally = _encode(run, world, out, planned, work)
         world.barrier()
         busy, wall, done_here = (world.total(round(1000 * x)) / 1000 for x in (tally.busy, tally.wall, tally.rows))
         if world.rank == 0:
@@ -88,23 +89,18 @@ def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
     return encode
 
 
-def _encode(
-    run: "Settings",
-    world: World,
-    out: Path,
-    rows: Sequence[Any],
-    planned: list[Shard],
-    tokenizer: Tokenizer,
-    encode: Encode,
-) -> Tally:
-    """This rank's part of the work, with progress on rank 0's terminal."""
+def _work(run: "Settings", out: Path, rows: Sequence[Any], tokenizer: Tokenizer, encode: Encode) -> Work:
     recipe = Recipe(_roots(run), tokenizer, run.size, run.seed, run.longest_caption)
-    ready = lambda i: prepare(i, rows[i], recipe)
 
     def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
         with places.writable(out):
             return shards.write(out / shard.name, features, rejected, tokenizer.ids)
 
+    return Work(lambda i: prepare(i, rows[i], recipe), encode, write)
+
+
+def _encode(run: "Settings", world: World, out: Path, planned: list[Shard], work: Work) -> Tally:
+    """This rank's part of the work, with progress on rank 0's terminal."""
     workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
     console = Console(stderr=True)
     missing = [shard for shard in planned if not (out / shard.name).exists()]
@@ -116,7 +112,7 @@ def _encode(
         share = sum(len(shard.rows) for shard in missing) / world.size
         bar = progress.add_task("pictures to tokens", total=share)
         return encode_shards(
-            shard_claims.claimed(out, planned, world.rank, world.size), ready, encode, write, batch=run.batch, workers=workers,
+            shard_claims.claimed(out, planned, world.rank, world.size), work, batch=run.batch, workers=workers,
             progress=lambda n: progress.advance(bar, n),
         )  # fmt: skip
 
