@@ -3,7 +3,6 @@
 import importlib
 import re
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 
@@ -73,10 +72,9 @@ def commands() -> str:
         lines += ["", f"## lumina {command.name}", "", f"{command.does[0].upper()}{command.does[1:]}."]
         lines += ["", f"The same as `python -m {command.module}`."]
         module = importlib.import_module(SETTINGS.get(command.module, command.module))
-        for kind in (k for k in vars(module).values() if is_dataclass(k) and k.__module__ == module.__name__):
-            if rows := list(flags.reference(kind)):
-                title = f"lumina {command.name} {kind.__name__.lower()}" if kind.__name__ != "Settings" else ""
-                lines += ["", *([f"### {title}"] if title else []), *table(rows)]
+        for word, kind in getattr(module, "KINDS", {"": getattr(module, "Settings", None)}).items():
+            if kind is not None and (rows := list(flags.reference(kind))):
+                lines += ["", *([f"### lumina {command.name} {word}"] if word else []), *table(rows)]
     return "\n".join(lines) + "\n"
 
 
