@@ -65,6 +65,7 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The site of docs/, in build/docs. A warning is an error, and nothing is loaded from a network.
 docs: setup

@@ -74,9 +74,8 @@ def accuracy(
 ) -> float:
     """Share of prompts whose picture shows exactly the spec."""
     prompts = [prompt.prompt_ids(tokens, shapes.caption(s), shapes.SIZE, shapes.SIZE) for s in specs]
-    codes = sample.generate_many(
-        params, prompts, cfg, height=shapes.SIZE, width=shapes.SIZE, batch=len(specs), **settings
-    )
+    how = sample.Sampling(shapes.SIZE, shapes.SIZE, **settings)
+    codes = sample.generate_many(params, prompts, cfg, how, pace=sample.Pace(len(specs)))
     with torch.no_grad():
         pictures = vq.pixels(vq.decode(vq_params, codes[:, 0], vq_cfg)).numpy()
     return sum(grade(p, s) for p, s in zip(pictures, specs, strict=True)) / len(specs)

@@ -97,18 +97,9 @@ assert item_ids[-len(image_ids) - 1 : -1] == image_ids
 # %%
 params, cfg = checkpoint.load_model(assets / "lm")
 print("after start and 2 + 8 tokens may follow:", vocab.allowed(10, 8, 8, ids), "which is newline:", ids.newline)
+how = sample.Sampling(height=64, width=64, guidance=1.5, temperature=0.5, min_p=0.05, seed=0)
 drawn = sample.generate_many(
-    params,
-    [prompt.prompt_ids(tokenizer, caption, 64, 64)],
-    cfg,
-    height=64,
-    width=64,
-    n=4,
-    batch=4,
-    guidance=1.5,
-    temperature=0.5,
-    min_p=0.05,
-    seed=0,
+    params, [prompt.prompt_ids(tokenizer, caption, 64, 64)], cfg, how, n=4, pace=sample.Pace(batch=4)
 )[0]
 with torch.no_grad():
     pictures = vq.pixels(vq.decode(vq_params, drawn, vq_cfg)).numpy()

@@ -57,9 +57,8 @@ asked = splits.new_reported()[:8]
 
 def draw(params):
     prompts = [prompt.prompt_ids(tokenizer, shapes.caption(spec), 64, 64) for spec in asked]
-    drawn = sample.generate_many(
-        params, prompts, cfg, height=64, width=64, batch=8, guidance=1.5, temperature=0.5, min_p=0.05, seed=0
-    )[:, 0]
+    how = sample.Sampling(height=64, width=64, guidance=1.5, temperature=0.5, min_p=0.05, seed=0)
+    drawn = sample.generate_many(params, prompts, cfg, how, pace=sample.Pace(batch=8))[:, 0]
     with torch.no_grad():
         return vq.pixels(vq.decode(vq_params, drawn, vq_cfg)).numpy()
 

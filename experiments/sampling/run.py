@@ -20,6 +20,7 @@ from lumina_fn.config import VQConfig
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.sample import Pace, Sampling
 from lumina_fn.vocab import PIXELS_PER_CODE, Ids
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ def draw(
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("codes", total=len(captions) * run.n * (run.height * run.width // PIXELS_PER_CODE**2))
-        return sample.generate_many(
-            params, [prompt.prompt_ids(tokenizer, caption, run.width, run.height) for caption in captions], cfg,
-            height=run.height, width=run.width, n=run.n, batch=run.batch, guidance=run.guidance,
-            guidance_schedule=SCHEDULES[run.guidance_schedule], top_k=run.top_k, temperature=run.temperature,
-            min_p=run.min_p, seed=run.seed, tick=lambda pictures: progress.advance(task, pictures), compile=compiled,
+        prompts = [prompt.prompt_ids(tokenizer, caption, run.width, run.height) for caption in captions]
+        how = Sampling(
+            run.height, run.width, run.guidance, SCHEDULES[run.guidance_schedule], run.top_k, run.temperature, run.min_p, run.seed
         )  # fmt: skip
+        pace = Pace(run.batch, compiled, lambda pictures: progress.advance(task, pictures))
+        return sample.generate_many(params, prompts, cfg, how, n=run.n, pace=pace)
 
 
 @torch.inference_mode()

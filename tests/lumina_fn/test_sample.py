@@ -13,6 +13,7 @@ from lumina_fn import decode, model, sample, transform
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
 from lumina_fn.formats import names
+from lumina_fn.sample import Pace, Sampling
 from lumina_fn.vocab import Ids, image_codes, image_length, image_tokens
 from tests.support import paths
 
@@ -113,7 +114,7 @@ def test_cached_batched_and_sliced_is_the_plain_rule(params, guidance, top_k, te
     """Every code is what the scores of a full forward over the whole vocabulary give, in one order, at its position."""
     h, w = 4, 8
     rule = {"guidance": guidance, "top_k": top_k, "temperature": temperature, "min_p": min_p}
-    pictures = sample.generate_many(params, PROMPTS, CFG, height=32, width=64, n=2, batch=4, seed=3, **rule)
+    pictures = sample.generate_many(params, PROMPTS, CFG, Sampling(32, 64, seed=3, **rule), n=2, pace=Pace(4))
     assert pictures.shape == (3, 2, h, w)
     for p, prompt in enumerate(PROMPTS):
         for i in range(2):
@@ -130,10 +131,10 @@ def test_cached_batched_and_sliced_is_the_plain_rule(params, guidance, top_k, te
 
 def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(params):
     size = {"height": 64, "width": 32}
-    codes = sample.generate_many(params, PROMPTS, CFG, **size, n=2, batch=1)
+    codes = sample.generate_many(params, PROMPTS, CFG, Sampling(**size), n=2)
     for batch in (2, 3, 6, 100):
-        assert (sample.generate_many(params, PROMPTS, CFG, **size, n=2, batch=batch) == codes).all()
-    assert (sample.generate_many(params, PROMPTS, CFG, **size, n=1, batch=2) == codes[:, :1]).all()
+        assert (sample.generate_many(params, PROMPTS, CFG, Sampling(**size), n=2, pace=Pace(batch)) == codes).all()
+    assert (sample.generate_many(params, PROMPTS, CFG, Sampling(**size), n=1, pace=Pace(2)) == codes[:, :1]).all()
     assert (sample.generate(params, torch.tensor(PROMPTS[2]), CFG, **size, index=(2, 1)) == codes[2, 1]).all()
     assert (sample.generate(params, PROMPTS[0], CFG, **size) == codes[0, 0]).all()
     assert (sample.generate(params, PROMPTS[0], CFG, **size, seed=1) != codes[0, 0]).any()
@@ -142,7 +143,7 @@ def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(param
 
 def test_one_compiled_block_draws_the_same_pictures_for_prompts_of_all_lengths(params, monkeypatch):
     draw = lambda compile: sample.generate_many(
-        params, PROMPTS, CFG, height=32, width=64, guidance=3.0, seed=4, compile=compile
+        params, PROMPTS, CFG, Sampling(32, 64, guidance=3.0, seed=4), pace=Pace(compile=compile)
     )
     compiled, inductor = [], transform.inductor
     monkeypatch.setattr(transform, "inductor", lambda *graph: compiled.append(graph) or inductor(*graph))
@@ -226,7 +227,7 @@ def test_pictures_have_their_own_random_numbers():
 
 def test_ticks_count_the_codes(params):
     heard = []
-    sample.generate_many(params, PROMPTS, CFG, height=32, width=32, batch=2, tick=heard.append)
+    sample.generate_many(params, PROMPTS, CFG, Sampling(32, 32), pace=Pace(2, tick=heard.append))
     assert sum(heard) == 3 * 16
     assert set(heard) == {2, 1}
 
