@@ -20,7 +20,7 @@ from lumina_fn import model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import Setup
-from lumina_fn.gradients import block_pair, seams, walk
+from lumina_fn.gradients import Walk, block_pair, seams, walk
 from lumina_fn.loss import Batch, predicted
 
 CFG = ModelConfig(width=768, layers=12, heads=12, kv_heads=12, hidden=2048)
@@ -36,7 +36,7 @@ def ours(cfg: ModelConfig, tokens: int, remat: bool) -> Bench:
     """Loss and gradients as the step has them, before AdamW."""
     params, batch, seam = model.init(cfg), batch_of(cfg, tokens), seams(None, None)
     pair, count = block_pair(cfg, compiled=True, keep_inputs=remat), predicted(batch.labels, cfg)
-    run = lambda: walk(cfg, seam, pair, params, batch, count, z_weight=Z_WEIGHT, scatter=seam.scatter, before=None)
+    run = lambda: walk(Walk(cfg, seam, pair, Z_WEIGHT, seam.scatter), params, batch, count)
 
     def check() -> list[float]:
         grads, terms = run()

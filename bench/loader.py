@@ -20,6 +20,7 @@ from experiments.launching import processes
 from lumina_fn import data, model, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.features import batches, shards
+from lumina_fn.features.batches import Batching
 from lumina_fn.features.mixing import Mixture
 from lumina_fn.process import entry
 from lumina_fn.process.flags import parse
@@ -58,7 +59,9 @@ def of_loading(rank: int, size: int, folder: str) -> tuple[float, float]:
     """Tokens per second as batches [1 1 T], and as the lists of `FeatureSet[i]`."""
     features = data.FeatureSet(folder)
     settings = {"batch": 1, "micro_batch": 1, "max_positions": 10_240, "seed": 0, "caption_drop": 0.1}
-    stream = batches.training_batches(Mixture((features,)), range(2 * len(features)), last="partial", **settings)
+    stream = batches.training_batches(
+        Mixture((features,)), range(2 * len(features)), Batching(last="partial", **settings)
+    )
     sum(share.tokens for share in itertools.islice(stream, len(features) // 2))  # reads the files once
     begin = time.perf_counter()
     fast = sum(share.tokens for share in stream) / (time.perf_counter() - begin)
@@ -83,7 +86,7 @@ def of_opening(rank: int, size: int, folder: str) -> tuple[float, int, float]:
         "last": "partial",
     }
     begin = time.perf_counter()
-    next(batches.training_batches(mixture, range(10**6, 10**6 + 1), **settings))
+    next(batches.training_batches(mixture, range(10**6, 10**6 + 1), Batching(**settings)))
     return seconds, peak, time.perf_counter() - begin
 
 
@@ -100,7 +103,8 @@ def of_training(rank: int, size: int, folder: str, rounds: int) -> dict[str, tup
     step = train.make_train_step(SMALL, opt, donate=True)
     state = train.init_state(model.init(SMALL), opt)
     streams = {
-        name: batches.training_batches(mixture, range(rounds + 1), **settings | way) for name, way in ways.items()
+        name: batches.training_batches(mixture, range(rounds + 1), Batching(**settings | way))
+        for name, way in ways.items()
     }
     seen = dict.fromkeys(ways, (0.0, 0, 0))
     for n in range(rounds + 1):

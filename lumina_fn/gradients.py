@@ -55,14 +55,24 @@ def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool, packed: b
     return (compiled_pair if compiled else eager_pair)(layer, fixed=fixed, keep_inputs=keep_inputs)
 
 
+class Walk(NamedTuple):
+    """What a walk through the model computes with."""
+
+    cfg: ModelConfig
+    seam: Seams
+    pair: Pair  # of a block
+    z_weight: float
+    scatter: Callable  # (gradients of a whole unit, the unit's parameters) -> what is kept of them
+
+
 def walk(
-    cfg: ModelConfig, seam: Seams, pair: Pair, params: Params, batch: Batch | Packed, count: Tensor, *,
-    z_weight: float, scatter: Callable, before: Params | None,
-) -> tuple[Params, Tensor]:  # fmt: skip
+    how: Walk, params: Params, batch: Batch | Packed, count: Tensor, before: Params | None = None
+) -> tuple[Params, Tensor]:
     """The gradients of the loss of a batch [B T], a sum divided by `count`, in units made by `scatter`; and [loss, ce, z].
 
     They are added in place to `before`, the gradients of earlier batches (None: there are none).
     """
+    cfg, seam, pair, z_weight, scatter = how
     tokens, *first = (x[:, : cfg.max_positions] for x in (batch.tokens, *batch[2:]))
     where = (angles_of(tokens, cfg, *first), *first)
     labels, blocks = batch.labels, params.blocks

@@ -54,8 +54,19 @@ def global_norm(grads) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in leaves]))
 
 
-def update(opt: AdamW, count: Tensor, lr: Tensor, norm: Tensor, skip: Tensor, params, grads, mu, nu, *, donate: bool):
-    """The count-th update of a tree: new (params, mu, nu); unchanged where `skip` is true."""
+class Now(NamedTuple):
+    """The scalars of one update."""
+
+    count: Tensor  # of updates so far, this one included
+    lr: Tensor
+    norm: Tensor  # of the gradients over all ranks
+    skip: Tensor  # bool: change nothing
+
+
+def update(opt: AdamW, now: Now, params, grads, moments: tuple, *, donate: bool):
+    """An update of a tree, whose moments are (mu, nu): new (params, mu, nu)."""
+    count, lr, norm, skip = now
+    mu, nu = moments
     scale = (opt.clip / (norm + 1e-6)).clamp(max=1)
     spec = pytree.tree_structure(params)
     p, g, m, v = (pytree.tree_leaves(tree) for tree in (params, grads, mu, nu))

@@ -134,7 +134,7 @@ def draw_pictures(
     parts = []
     for part in (pictures[a : a + pace.batch] for a in range(0, len(pictures), pace.batch)):
         random = torch.stack([uniforms(how.seed, one.prompt, one.picture, steps) for one in part])
-        batch = _Batch([on_device[one.prompt] for one in part], random, slots)
+        batch = _Batch([on_device[one.prompt] for one in part], random, slots, special)
         parts.append(_drawn(params, batch, cfg, how, pace))
     return torch.cat(parts)
 
@@ -143,11 +143,12 @@ class _Batch(NamedTuple):
     prompts: list[Tensor]
     random: Float[Tensor, "B steps"]
     slots: int  # of the cache
+    ids: Ids
 
 
 def _drawn(params: Params, batch: _Batch, cfg: ModelConfig, how: Sampling, pace: Pace) -> Int[Tensor, "B h w"]:
     """The codes of one batch. Rows 0..B-1 see their prompts; with guidance rows B..2B-1 see the same images without a prompt."""
-    ids, B, device = cfg.ids, len(batch.prompts), params.embed.device
+    ids, B, device = batch.ids, len(batch.prompts), params.embed.device
     (h, w), scales = how.grid, how.scales()
     opening = torch.tensor(_opening(h, w, ids), device=device)
     copies = 2 if any(scale != 1.0 for scale in scales) else 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from lumina_fn import optim, sharding
 from lumina_fn.config import ModelConfig
 from lumina_fn.gradient_noise import noise_and_signal, piece, square
-from lumina_fn.gradients import block_pair, seams, walk
+from lumina_fn.gradients import Walk, block_pair, seams, walk
 from lumina_fn.loss import Batch, Packed, loss, predicted
 from lumina_fn.model import Params, over_units
 from lumina_fn.optim import AdamW
@@ -60,6 +60,19 @@ def is_finite(state: TrainState) -> bool:
     return bool(torch.isfinite(torch.stack(ends)).all())
 
 
+class Options(NamedTuple):
+    """How an update is computed; make_train_step says what each field means."""
+
+    z_weight: float = 1e-5
+    dtype: torch.dtype | None = None
+    compiled: bool = False  # the blocks
+    remat: bool = False
+    donate: bool = False
+    sync: bool = True
+    noise: bool = False
+
+
+# The public contract's signature: options are named one by one, so that a call reads as what it trains with.
 def make_train_step(
     cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
     compile: str = "off", remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
@@ -79,10 +92,7 @@ def make_train_step(
 
     A step whose loss or gradient is not finite changes no parameter and is counted in `skipped`. Metrics stay on the device.
     """
-    update = make_update(
-        cfg, opt, mesh, z_weight=z_weight, dtype=dtype, compile=compile == "blocks", remat=remat, donate=donate, sync=sync,
-        noise=noise,
-    )  # fmt: skip
+    update = make_update(cfg, opt, mesh, Options(z_weight, dtype, compile == "blocks", remat, donate, sync, noise))
     run = jit(update, inductor) if compile == "step" else update
     # The learning rate stays outside the trace: it may be any Python function of the step.
     wide = lambda state: torch.promote_types(_leaf(state.params).dtype, torch.float32)
@@ -90,13 +100,13 @@ def make_train_step(
 
 
 def make_update(
-    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
-    compile: bool = False, remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
-) -> Callable[[TrainState, Batch | Packed, Tensor], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
+    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None, options: Options
+) -> Callable[[TrainState, Batch | Packed, Tensor], tuple[TrainState, dict[str, Tensor]]]:
     """update(state, batch, lr) -> (state, metrics): the step of make_train_step as a function of tensors alone, which can be exported."""
+    z_weight, dtype, compiled, remat, donate, sync, noise = options
     seam = seams(mesh, dtype)
-    keep_inputs = remat or (seam.regathers and not compile)
-    pair = lambda packed: block_pair(cfg, compiled=compile, keep_inputs=keep_inputs, packed=packed)
+    keep_inputs = remat or (seam.regathers and not compiled)
+    pair = lambda packed: block_pair(cfg, compiled=compiled, keep_inputs=keep_inputs, packed=packed)
     world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
     whole = lambda grads, unit: pytree.tree_map(lambda g: g.to(_leaf(unit).dtype), grads)
 
@@ -112,9 +122,8 @@ def make_update(
                     squares.append(square(whole_grads))
                 return seam.scatter(whole_grads, unit) if sync else whole(whole_grads, unit)
 
-            grads, more = walk(
-                cfg, seam, pair(isinstance(batch, Packed)), params, batch, count, z_weight=z_weight, scatter=scatter, before=grads
-            )  # fmt: skip
+            how = Walk(cfg, seam, pair(isinstance(batch, Packed)), z_weight, scatter)
+            grads, more = walk(how, params, batch, count, grads)
             terms = terms + (torch.cat([more, piece(squares, predicted(batch.labels, cfg) / count)]) if noise else more)
         assert grads is not None, "a batch has micro batches"
         assert isinstance(terms, Tensor)
@@ -129,9 +138,8 @@ def make_update(
         lr = lr.to(total.dtype)
         bad = ~(torch.isfinite(norm) & torch.isfinite(total))
         skipped = state.skipped + bad
-        params, mu, nu = optim.update(
-            opt, state.step + 1 - skipped, lr, norm, bad, state.params, grads, state.mu, state.nu, donate=donate
-        )
+        now = optim.Now(state.step + 1 - skipped, lr, norm, bad)
+        params, mu, nu = optim.update(opt, now, state.params, grads, (state.mu, state.nu), donate=donate)
         streak = (state.streak + 1) * bad
         metrics = {"loss": total, "ce": ce, "z": z, "grad_norm": norm, "lr": lr, "tokens": count}
         metrics |= {"skipped": skipped, "streak": streak}

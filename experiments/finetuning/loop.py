@@ -23,6 +23,7 @@ from lumina_fn.config import ModelConfig
 from lumina_fn.costs.cost import REMAT_FROM
 from lumina_fn.disk import places
 from lumina_fn.features import batches, prefetch
+from lumina_fn.features.batches import Batching
 from lumina_fn.features.mixing import Mixture
 from lumina_fn.process.out_of_memory import OutOfMemory
 from lumina_fn.sharding import Mesh
@@ -160,11 +161,17 @@ def finetune(
     )  # fmt: skip
     step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
     steps = range(int(state.step), run.steps)
-    stream = batches.training_batches(
-        features, steps, batch=run.batch, micro_batch=_micro_batch(run, world), max_positions=cfg.max_positions,
-        seed=run.seed, caption_drop=run.caption_drop, last=run.last, order=run.order, pack=run.pack, rank=world.rank,
-        size=world.size,
-    )  # fmt: skip
+    how = Batching(
+        run.batch,
+        _micro_batch(run, world),
+        cfg.max_positions,
+        run.seed,
+        run.caption_drop,
+        run.last,
+        run.order,
+        run.pack,
+    )
+    stream = batches.training_batches(features, steps, how, rank=world.rank, size=world.size)
     to_device = lambda x: x.to(device, non_blocking=True)
     tokens, stopped = 0, None
     log = Log(run.out / run_folder.METRICS, steps, run.batch, kept.totals) if world.rank == 0 else nullcontext()

@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"{file.stat().st_size:,} bytes")
     reloaded = torch.export.load(file).module()
 got = reloaded(*pytree.tree_leaves(inputs))
-want = pytree.tree_leaves(train.make_update(cfg, opt)(*inputs))
+want = pytree.tree_leaves(train.make_update(cfg, opt, None, train.Options())(*inputs))
 assert all(map(torch.equal, got, want))
 print(f"loss {dict(zip(on_cpu.outputs, got, strict=True))['metrics.loss']:.4f}, and all", len(got), "outputs are equal")
 

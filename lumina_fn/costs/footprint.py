@@ -22,7 +22,7 @@ from lumina_fn.config import ModelConfig
 from lumina_fn.costs import live_bytes
 from lumina_fn.costs.cost import Setup
 from lumina_fn.costs.live_bytes import Live
-from lumina_fn.gradients import seams, walk
+from lumina_fn.gradients import Walk, seams, walk
 from lumina_fn.loss import Batch
 from lumina_fn.transform import Pair, compiled_pair, eager_pair
 from ops import collectives
@@ -108,10 +108,8 @@ def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
     batch = Batch(*(torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(2)))
     watch.hold(batch, KEPT)
     with watch:
-        grads, _ = walk(
-            cfg, seam, pair, state.params, Batch(*(x[-1] for x in batch)), torch.empty((), device="meta"), z_weight=0.0,
-            scatter=scatter, before=before,
-        )  # fmt: skip
+        last_batch, count = Batch(*(x[-1] for x in batch)), torch.empty((), device="meta")
+        grads, _ = walk(Walk(cfg, seam, pair, 0.0, scatter), state.params, last_batch, count, before)
         del before
         if not setup.sync:
             last = _watched_scatter(watch, seam.scatter, units, "sum over devices, {}")

@@ -73,29 +73,44 @@ def micro_batches(items: Sequence[Document], size: int, max_positions: int, ids:
     return Share(Batch(*(torch.from_numpy(x).unflatten(0, (count, size)) for x in (tokens, labels))), total)
 
 
-def training_batches(
-    mixture: Mixture, steps: range, *, batch: int, micro_batch: int, max_positions: int, seed: int, caption_drop: float,
-    last: Literal["partial", "drop"], order: Literal["shuffled", "clustered"] = "shuffled", pack: int | None = None,
-    rank: int = 0, size: int = 1,
-) -> Iterator[Share]:  # fmt: skip
+class Batching(NamedTuple):
+    """How items become batches."""
+
+    batch: int  # items of a step, over all ranks
+    micro_batch: int  # items (with `pack`, rows) of a forward and backward of a rank
+    max_positions: int  # tokens of a row at the most
+    seed: int  # of the order and of the caption drop
+    caption_drop: float  # probability that an item loses its caption
+    last: Literal["partial", "drop"]  # what becomes of an epoch's last, smaller batch
+    order: Literal["shuffled", "clustered"] = "shuffled"
+    pack: int | None = None  # tokens of a row that several items share
+
+
+def training_batches(mixture: Mixture, steps: range, how: Batching, *, rank: int = 0, size: int = 1) -> Iterator[Share]:
     """A rank's shares of these steps' batches, which are the same on any number of ranks, as is A, the number of micro batches.
 
     pack    length in tokens of rows that several items share; micro batches consist of such rows. At least the longest item, at
             most max_positions. Items are assigned to rows by their lengths with captions, which are known without reading them.
     """
-    ids, items_of = mixture.sets[0].origin.ids, steps_of(mixture, batch=batch, seed=seed, last=last, order=order)
+    ids, items_of = (
+        mixture.sets[0].origin.ids,
+        steps_of(mixture, batch=how.batch, seed=how.seed, last=how.last, order=how.order),
+    )
 
     def read(visits: Visits) -> list[Document]:
-        return [rows.document(feature, dropped, ids) for feature, dropped in mixture.read(visits, seed, caption_drop)]
+        return [
+            rows.document(feature, dropped, ids)
+            for feature, dropped in mixture.read(visits, how.seed, how.caption_drop)
+        ]
 
     # Ranks with fewer items get micro batches of filler rows.
-    count = lambda n: -(-n // (size * micro_batch))
+    count = lambda n: -(-n // (size * how.micro_batch))
     for step in steps:
         visits = items_of(step)
-        if pack is None:
+        if how.pack is None:
             own = read(visits.at(slice(rank, None, size)))
-            yield micro_batches(own, micro_batch, max_positions, ids, count(len(visits.indices)))
+            yield micro_batches(own, how.micro_batch, how.max_positions, ids, count(len(visits.indices)))
         else:
-            together = first_fit_decreasing(np.minimum(mixture.lengths_of(visits), max_positions), pack)
+            together = first_fit_decreasing(np.minimum(mixture.lengths_of(visits), how.max_positions), how.pack)
             own = [read(visits.at(np.array(row))) for row in together[rank::size]]
-            yield Share(*packed(own, micro_batch, pack, ids, count(len(together))))
+            yield Share(*packed(own, how.micro_batch, how.pack, ids, count(len(together))))

@@ -84,19 +84,26 @@ def forward(cfg: ModelConfig, *, batch: int, dtype: torch.dtype) -> Function:
 
 
 def step(
-    cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, batch: int, tokens: int, packed: bool = False, **options: Any
-) -> Function:  # fmt: skip
+    cfg: ModelConfig,
+    opt: AdamW,
+    mesh: Mesh | None = None,
+    *,
+    batch: int,
+    tokens: int,
+    packed: bool = False,
+    **options: Any,
+) -> Function:
     """One training step (train.make_update with these options) over rows [B T]; masters in float32."""
     state = train.init_state(model.init(cfg, device="meta"), opt, mesh)
-    rows = [_ids(batch, tokens) for _ in range(3 if packed else 2)]
-    update = train.make_update(cfg, opt, mesh, **options)
+    ids = [_ids(batch, tokens) for _ in range(3 if packed else 2)]
+    update = train.make_update(cfg, opt, mesh, train.Options(**options))
 
     def fn(state, batch, lr):
         state, metrics = update(state, batch, lr)
         return {"state": state, "metrics": metrics}
 
     return Function(
-        fn, StepInputs(state, (train.Packed if packed else train.Batch)(*rows), torch.empty((), device="meta"))
+        fn, StepInputs(state, (train.Packed if packed else train.Batch)(*ids), torch.empty((), device="meta"))
     )
 
 

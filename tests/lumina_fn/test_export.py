@@ -69,7 +69,7 @@ def test_step(folder, tmp_path, packed):
     )
     lr = torch.tensor(1e-2)
     got = program_files.load(tmp_path / "out", told["file"])(graphs.StepInputs(state, batch, lr))
-    after, metrics = train.make_update(CFG, opt, remat=True)(state, batch, lr)
+    after, metrics = train.make_update(CFG, opt, None, train.Options(remat=True))(state, batch, lr)
     same(got, {"state": after, "metrics": metrics})
     assert not torch.equal(after.params.embed, state.params.embed)
     assert "state.params.blocks.0.q" in got

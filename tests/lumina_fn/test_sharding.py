@@ -44,10 +44,8 @@ def oracle(size: int):
         some = shares > 0
         both = gradient_noise.noise_and_signal((squares[some] / shares[some]).sum(), some.sum().double(), norm.square())
         metrics.append([float(total.sum()), float(norm), *map(float, both)])
-        new = optim.update(
-            OPT, state.step + 1, torch.tensor(OPT.lr, dtype=torch.float64), norm, torch.tensor(False), state.params, grads,
-            state.mu, state.nu, donate=False,
-        )  # fmt: skip
+        now = optim.Now(state.step + 1, torch.tensor(OPT.lr, dtype=torch.float64), norm, torch.tensor(False))
+        new = optim.update(OPT, now, state.params, grads, (state.mu, state.nu), donate=False)
         state = state._replace(step=state.step + 1, params=new[0], mu=new[1], nu=new[2])
     return state.params, metrics
 

@@ -94,7 +94,7 @@ def test_clustering_and_packing_leave_less_padding(tmp_path):
     settings = {"micro_batch": 8, "max_positions": 2000, "seed": 3, "last": "partial", "caption_drop": 0.0}
     mixture = Mixture((write(tmp_path, shapes.tolist()),))
     plain, clustered, packed = (
-        padding(batches.training_batches(mixture, range(50), batch=8, **settings | how))
+        padding(batches.training_batches(mixture, range(50), batches.Batching(batch=8, **settings | how)))
         for how in ({}, {"order": "clustered"}, {"pack": 1100, "micro_batch": 1})
     )
     assert clustered < plain / 4
@@ -152,7 +152,9 @@ def shares(mixture, size, steps=range(6), caption_drop=0.0, **how):
     """A list of steps, each a list of every rank's batch."""
     settings = {"batch": BATCH, "micro_batch": MICRO, "max_positions": 1000, "seed": 3, "last": "partial"} | how
     ranks = [
-        batches.training_batches(mixture, steps, **settings, caption_drop=caption_drop, rank=rank, size=size)
+        batches.training_batches(
+            mixture, steps, batches.Batching(**settings, caption_drop=caption_drop), rank=rank, size=size
+        )
         for rank in range(size)
     ]
     return [[share.batch for share in parts] for parts in zip(*ranks, strict=True)]
@@ -201,7 +203,9 @@ def test_a_rank_reads_only_its_share(features, monkeypatch, how):
     read, feature = [], data.FeatureSet.feature
     monkeypatch.setattr(data.FeatureSet, "feature", lambda self, i: read.append(i) or feature(self, i))
     settings = {"batch": BATCH, "micro_batch": MICRO, "max_positions": 1000, "seed": 3, "last": "partial"} | how
-    stream = batches.training_batches(Mixture((features,)), range(1), **settings, caption_drop=0.0, rank=1, size=3)
+    stream = batches.training_batches(
+        Mixture((features,)), range(1), batches.Batching(**settings, caption_drop=0.0), rank=1, size=3
+    )
     read.clear()
     (share,) = stream
     assert sorted(read) == sorted(items(share.batch))

@@ -31,7 +31,9 @@ def mixture(tmp_path_factory):
 
 def stream(mixture, steps, rank=0, size=1, **how):
     settings = {"batch": 7, "micro_batch": 2, "max_positions": CFG.max_positions, "seed": 3, "last": "partial"} | how
-    return batches.training_batches(mixture, steps, caption_drop=0.5, **settings, rank=rank, size=size)
+    return batches.training_batches(
+        mixture, steps, batches.Batching(caption_drop=0.5, **settings), rank=rank, size=size
+    )
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(60, 200))
