@@ -1,9 +1,9 @@
-"""What an NPU is told through the environment: the variables of the MindSpeed-MM guide's table, what each may be, and what it is.
+"""The environment variables of an Ascend NPU: those of the MindSpeed-MM guide's table, with their allowed values and meanings.
 
     lumina ascend-env
 
-prints them all with the values in force, and exits 2 where one is out of its range. Commands that compute on an NPU do the same when they start.
-Nothing here needs torch: it also runs where torch_npu finds no CANN.
+prints all of them with their current values, and exits with 2 if a value is out of its range. Commands that compute on an NPU make
+the same check when they start. PyTorch is not needed, so this also runs where torch_npu finds no CANN.
 """
 
 import os
@@ -18,20 +18,24 @@ from lumina_fn.process import entry, flags
 
 @dataclass(frozen=True)
 class Pattern:
+    """Allowed values given by a regular expression, and the same in words."""
+
     regex: str
     words: str
 
 
 @dataclass(frozen=True)
 class Variable:
+    """An environment variable: its meaning, the values it may have, and its default."""
+
     name: str
     meaning: str
     allowed: tuple[str, ...] | range | Pattern
-    default: str | None  # what whoever reads it takes where it is not set; None: it depends
+    default: str | None  # the value that the library which reads it uses if it is not set; None: it depends
 
     @property
     def values(self) -> str:
-        """What is allowed, in words."""
+        """The allowed values in words."""
         match self.allowed:
             case range(start=least, stop=end):
                 return f"a whole number from {least} to {end - 1}"
@@ -41,6 +45,7 @@ class Variable:
                 return f"{', '.join(names[:-1])} or {names[-1]}"
 
     def allows(self, value: str) -> bool:
+        """Whether the variable may have this value."""
         match self.allowed:
             case range():
                 return re.fullmatch("[0-9]{1,9}", value) is not None and int(value) in self.allowed
@@ -95,7 +100,7 @@ TABLE = (
 
 
 def problems(environment: Mapping[str, str]) -> list[str]:
-    """A line for each variable that is out of its range."""
+    """One line for each variable whose value is out of its range."""
     return [
         f"{variable.name}={environment[variable.name]}: expected {variable.values}"
         for variable in TABLE
@@ -104,13 +109,13 @@ def problems(environment: Mapping[str, str]) -> list[str]:
 
 
 def effective(environment: Mapping[str, str]) -> list[str]:
-    """A line for each variable: the value in force, and whether it was set."""
+    """One line for each variable: its value, or its default if it is not set."""
     of = lambda variable: f"{variable.name} is not set ({variable.default or 'as its reader chooses'})"
     return [f"{v.name}={environment[v.name]}" if v.name in environment else of(v) for v in TABLE]
 
 
 def check(environment: Mapping[str, str], mode: str, say: Callable[[str], None]) -> None:
-    """InputError where a variable is out of its range; with mode `warn` that is said instead."""
+    """Raises InputError if a variable is out of its range; with mode `warn` it calls `say` with a warning instead."""
     found = problems(environment)
     if found and mode == "error":
         raise InputError(f"{'; '.join(found)}. Where this CANN is newer and takes it: --env-check warn")
@@ -120,10 +125,11 @@ def check(environment: Mapping[str, str], mode: str, say: Callable[[str], None])
 
 @dataclass(frozen=True)
 class Settings:
-    """It has no flags of its own."""
+    """The command has no flags of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print every variable with its value, meaning and range; returns the exit code. Raises InputError if one is out of range."""
     flags.parse(Settings, __doc__, argv)
     for variable, line in zip(TABLE, effective(os.environ), strict=True):
         print(f"{errors.printable(line)}\n    {variable.meaning}; {variable.values}")

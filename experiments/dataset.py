@@ -1,9 +1,10 @@
-"""Look at a dataset, before or after its pictures become tokens.
+"""Report what a dataset holds, or verify its features.
 
     lumina dataset report FEATURES|DATA.json [--model DIR] [--vq DIR] [--data DATA.json] [--out DIR]
     lumina dataset verify FEATURES --data DATA.json --vq DIR [--model DIR]
 
-report says what is in it; verify encodes some pictures again and compares. `report --help` and `verify --help` list the flags.
+`report` prints sizes, tokens, captions, duplicates and unusable rows, before or after the pictures become tokens. `verify` encodes some
+pictures again and compares the codes. `report --help` and `verify --help` list the flags.
 """
 
 import sys
@@ -21,38 +22,42 @@ from lumina_fn.process.ranges import SEED, Range
 
 @dataclass(frozen=True)
 class Report:
+    """The flags of `lumina dataset report`."""
+
     source: Annotated[Path, "a folder that pretokenize wrote, or the rows that it reads (JSON or JSONL)", POSITIONAL]
-    data: Annotated[Path | None, "the rows that FEATURES were made from: prompts and pictures are theirs"] = None
-    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is the rows' own)"] = None
+    data: Annotated[Path | None, "for FEATURES: the rows they were made from, for their prompts and pictures"] = None
+    image_root: Annotated[Path | None, "second folder that may hold pictures (the first is that of the rows)"] = None
     model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
-    size: Annotated[int, "for DATA.json: the --size that pretokenize will be given"] = 768
-    samples: Annotated[int, "pictures shown, drawn at random", Range(0, 10**4)] = 12
-    seed: Annotated[int, "of that draw; for DATA.json also the --seed that pretokenize will be given", SEED] = 0
-    near: Annotated[bool, "look for near-duplicates; of FEATURES this reads or decodes every picture"] = True
+    size: Annotated[int, "for DATA.json: the --size that pretokenize will use"] = 768
+    samples: Annotated[int, "number of pictures shown, drawn at random", Range(0, 10**4)] = 12
+    seed: Annotated[int, "random seed of that draw; for DATA.json also the --seed that pretokenize will use", SEED] = 0
+    near: Annotated[bool, "look for near-duplicates; for FEATURES this reads or decodes every picture"] = True
     distance: Annotated[
-        int, "bits of 64 in which the difference hashes of near-duplicates may differ", Range(0, 16)
+        int, "largest number of bits, of 64, in which the difference hashes of near-duplicates differ", Range(0, 16)
     ] = 3
     json: Annotated[Path | None, "file to write the numbers to"] = None
     out: Annotated[Path | None, "folder to write report.txt, report.json and report.html to, must not exist"] = None
-    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available"] = "auto"
     env_check: EnvCheck = "error"
     overwrite: Annotated[bool, "replace an existing --out or --json"] = False
 
 
 @dataclass(frozen=True)
 class Verify:
+    """The flags of `lumina dataset verify`."""
+
     features: Annotated[Path, "a folder that pretokenize wrote", POSITIONAL]
     data: Annotated[Path, "the rows that it was made from (JSON or JSONL), next to their pictures"]
     vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
-    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
+    image_root: Annotated[Path | None, "second folder that may hold pictures (the first is that of DATA)"] = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
-    n: Annotated[int, "pictures, drawn at random", Range(1, 10**9)] = 64
-    seed: Annotated[int, "of that draw", SEED] = 0
+    n: Annotated[int, "number of pictures to compare, drawn at random", Range(1, 10**9)] = 64
+    seed: Annotated[int, "random seed of that draw", SEED] = 0
     allow: Annotated[
         float, "share of a picture's codes that may differ: another device rounds differently", Range(0, 1)
     ] = 0.0
-    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available"] = "auto"
     env_check: EnvCheck = "error"
 
 
@@ -60,6 +65,7 @@ KINDS = {"report": Report, "verify": Verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `report` or `verify`, whichever the first word names; returns the exit code. Raises InputError for any other word."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     if not words or name in ("-h", "--help"):

@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from experiments import ascend_env
 from lumina_fn.errors import InputError, printable
 
-if TYPE_CHECKING:  # it takes seconds to load, and is loaded where a device is asked for
+if TYPE_CHECKING:  # importing it takes seconds: the functions below import it when they are called
     import torch
 
-DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is there
+DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is available
 EnvCheck = Annotated[
     Literal["error", "warn"],
-    "on an NPU, what becomes of an environment variable that is out of its range (python -m experiments.ascend_env); "
-    "warn: for a newer CANN, which may take more",
+    "on an NPU, what an environment variable out of its range causes (python -m experiments.ascend_env lists the ranges); "
+    "warn: for a newer CANN that accepts more values",
 ]
 
 
 def kind(name: str) -> str:
-    """The kind of device that this name asks for; `auto`: the first of DEVICES that is available."""
+    """The kind of a device by its name, such as npu for `npu:3`; for `auto` the first of DEVICES that is available."""
     import torch
 
     if name != "auto":
         return name.partition(":")[0]
-    # torch has a module for each kind that it can drive; torch.npu comes with torch_npu.
+    # torch has a module for each kind of device; torch.npu exists once torch_npu is loaded.
     return next(found for found in DEVICES if hasattr(torch, found) and getattr(torch, found).is_available())
 
 
 def device(name: str) -> "torch.device":
-    """The device of that name; `auto` is an NPU if there is one, else a GPU, else the CPU. Raises InputError."""
+    """The device of that name; `auto` is an NPU if there is one, else a GPU, else the CPU. Raises InputError if it is not available."""
     import torch
 
     try:
@@ -39,7 +39,7 @@ def device(name: str) -> "torch.device":
         if found.type == "meta":
             raise InputError(f"--device {name}: it holds no numbers; expected a device that computes")
         count = torch.get_device_module(found).device_count()
-        if (found.index or 0) >= count:  # asking torch_npu for such a device may end the process
+        if (found.index or 0) >= count:  # torch_npu may abort the process if such a device is used
             raise RuntimeError(f"torch finds {count}, numbered from 0" if count else "torch finds none")
         return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError) as error:
@@ -48,7 +48,7 @@ def device(name: str) -> "torch.device":
 
 
 def _npu_is_missing() -> str | None:
-    """What to do so that torch finds an NPU."""
+    """Why torch finds no NPU, and what to do; None if it finds one."""
     import torch
 
     source = "source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh) in this shell"
@@ -64,7 +64,10 @@ def _npu_is_missing() -> str | None:
 def checked_device(
     run: Any, choose: Callable[[str], "torch.device"] = device, say: Callable[[str], None] | None = None
 ) -> "torch.device":
-    """What `choose` finds for run.device. Where that is an NPU its environment is checked before, and then said."""
+    """The device that `choose` returns for run.device. For an NPU the environment variables are checked first, and printed afterwards.
+
+    Raises InputError for a device that is not available, and for a variable out of its range unless run.env_check is `warn`.
+    """
     say = say or (lambda line: print(printable(line), file=sys.stderr))
     if kind(run.device) != "npu":
         if run.device == "auto" and importlib.util.find_spec("torch_npu") is not None:
@@ -78,7 +81,10 @@ def checked_device(
 
 
 def compiling(wanted: str | None, device: "torch.device") -> str:
-    """What is compiled on the device. InputError on an NPU, whose fused kernels run one by one: Inductor has no part in it."""
+    """What is compiled on the device: `wanted`, or the device's default for None.
+
+    Raises InputError on an NPU for anything but `off`: its fused kernels run one by one, without Inductor.
+    """
     if device.type != "npu":
         return wanted or "blocks"
     if wanted in (None, "off"):

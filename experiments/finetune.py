@@ -3,10 +3,10 @@
     lumina finetune --model DIR --features DIR --out DIR
     torchrun --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
 
-OUT receives metrics.jsonl and checkpoints/ while it runs and model/, a native folder, at the end. The same command goes on
-from the last checkpoint; SIGTERM and SIGINT (Ctrl-C) end a run after its step, with a checkpoint. With torchrun each process
-trains on its share of every batch and keeps its part of the model; experiments/launch has scripts for one machine and for two.
-Without arguments this is the embedded default: the fine-tune of `make demo`.
+OUT receives metrics.jsonl and checkpoints/ during the run, and model/, a native folder, at its end. The same command continues
+from the last checkpoint. SIGTERM and SIGINT (Ctrl-C) end a run after the current step, with a checkpoint. With torchrun each process
+trains on its share of every batch and keeps its part of the model; experiments/launch has scripts for one machine and for several.
+Without arguments it runs the fine-tune of `make demo`.
 """
 
 import sys
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
-    """Returns the exit code."""
+    """Run a fine-tune; returns the exit code. `world` holds this process's rank if a launcher started it."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
     run = flags.parse(Settings, __doc__, argv)
-    with startup.importing():  # PyTorch takes seconds, for which neither --help nor a mistyped flag should wait
+    with startup.importing():  # importing PyTorch takes seconds; --help and wrong flags do not wait for it
         from experiments.finetuning import loop
         from experiments.launching import distributed
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int
 
 
 def _embedded_default(world: "World | None") -> list[str]:
-    """Arguments for the fine-tune of `make demo`, whose model and features are written first."""
+    """The arguments of `make demo`'s fine-tune; writes its model and features first."""
     with startup.importing():
         from experiments.demo import tasks
 

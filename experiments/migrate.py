@@ -1,12 +1,12 @@
-"""Come here from MindSpeed-MM's guide, or with features that were extracted already.
+"""Move from MindSpeed-MM: translate its guide's files into commands, or its extracted features into a feature set.
 
     lumina migrate GUIDE_DIR --out DIR
     lumina migrate FEATURES_DIR --out DIR --model DIR
 
-GUIDE_DIR is a MindSpeed-MM checkout, or a folder with the guide's files. Nothing in it is run. The commands that do the same here
-are printed and written to DIR/commands.sh, what became of each field to DIR/report.md; a field that would change results is an
+GUIDE_DIR is a MindSpeed-MM checkout, or a folder with the guide's files. Nothing in it is run. The equivalent commands
+are printed and written to DIR/commands.sh; DIR/report.md lists what each field becomes here. A field that would change results is an
 error that names it. FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM):
-DIR becomes a feature set for experiments.finetune. What does not fit is listed with the reason in DIR/quarantine.jsonl.
+DIR becomes a feature set for experiments.finetune. Records that cannot be used are listed with the reason in DIR/quarantine.jsonl.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,21 @@ from lumina_fn.process.ranges import MAX_TARGET, Range
 
 @dataclass(frozen=True)
 class Settings:
+    """The flags of `lumina migrate`."""
+
     source: Annotated[Path, "a MindSpeed-MM checkout, a folder with the guide's files, or one of extracted features", POSITIONAL]  # fmt: skip
     out: Annotated[Path, "folder to write, must not exist"]
     model: Annotated[Path | None, "for features: the model's folder; only its tokenizer is read"] = None
     size: Annotated[
         int,
-        "for features: pixels of the side they were extracted for (target_size); 0: not known",
+        "for features: the target_size in pixels that they were extracted with; 0: not known",
         Range(0, MAX_TARGET),
     ] = 0
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write OUT from the guide's folder or from extracted features."""
     run = flags.parse(Settings, __doc__, argv)
     with startup.importing():
         from experiments.migration import run as migration

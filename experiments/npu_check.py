@@ -1,11 +1,11 @@
-"""Check what only an Ascend NPU can show; say SKIPPED, with the reason, where there is none.
+"""Run the checks that need a real Ascend NPU; print SKIPPED and the reason if there is none.
 
     lumina npu-check
 
-On an NPU: every op and dtype by the kernels that are registered for it, and by our Triton kernels where triton-ascend is installed;
-a small model's training steps and its decoding; its exported step, compiled for the graph engine; collectives, where there are
-two NPUs. Truth is float64 on the CPU, and the measure what the same precision costs there. A line for each check, and
-one in the end. Exits 0 where it skips, 1 where something failed.
+On an NPU it checks every op in every dtype, with the registered kernels and, if triton-ascend is installed, with our Triton kernels;
+a small model's training steps and decoding; the exported step, compiled for the graph engine; and collectives, if there are two NPUs.
+Results are compared with float64 on the CPU; the tolerance follows from the error of the same precision on the CPU. Prints one
+line per check and a summary. Exits with 1 if a check failed, otherwise with 0, also if the checks are skipped.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ from lumina_fn.process import entry, flags, startup
 
 @dataclass(frozen=True)
 class Settings:
-    """It has no flags of its own."""
+    """The command has no flags of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks, or print why they are skipped; returns the exit code."""
     flags.parse(Settings, __doc__, argv)
     with startup.importing():
         from experiments.ascend import checks

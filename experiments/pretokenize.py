@@ -3,9 +3,9 @@
     lumina pretokenize DATA.json OUT --model DIR --vq DIR --size 768
     torchrun --nproc_per_node 8 -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
 
-DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). OUT/manifest.jsonl says of every row what became of
-it; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl. The same command goes on where a run was ended, on
-any number of devices, and after rows were added to DATA.json: OUT becomes the same, to the byte, whatever came in between.
+DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). OUT/manifest.jsonl has a line with the result of
+every row; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl. The same command continues a run that was ended,
+on any number of devices, also after rows were added to DATA.json. OUT becomes the same, to the byte, as after an uninterrupted run.
 """
 
 import sys
@@ -26,18 +26,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """The flags of `lumina pretokenize`."""
+
     data: Annotated[Path, 'JSON list or JSONL of {"file", "prompt"}', POSITIONAL]
-    out: Annotated[Path, "folder to write; what an earlier run left there is continued", POSITIONAL]
+    out: Annotated[Path, "folder to write; an earlier run in it is continued", POSITIONAL]
     model: Annotated[
         Path, "the model's folder; only its tokenizer is read", Group("data", "--size 768 --image-root /data/pictures")
     ]
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
-    size: Annotated[int, "pixels, a multiple of 32: pictures become about size x size, whatever their shape"] = 768
-    image_root: Annotated[Path | None, "second folder that pictures may lie in (the first is DATA's own)"] = None
-    seed: Annotated[int, "of the choice which prompts say the picture's size", SEED] = 0
+    size: Annotated[
+        int,
+        "pixels, a multiple of 32: pictures are cropped to an area of about size x size, near their own aspect ratio",
+    ] = 768
+    image_root: Annotated[Path | None, "second folder that may hold pictures (the first is that of DATA)"] = None
+    seed: Annotated[int, "random seed: it chooses the prompts that state the picture's size", SEED] = 0
     longest_caption: Annotated[
         int,
-        "characters; rows with longer ones are quarantined (after another value, --retry tries them again)",
+        "characters; rows with a longer caption are quarantined (to try them with a larger limit, give --retry)",
         Range(1, 10**7),
     ] = LONGEST_CAPTION
     batch: Annotated[
@@ -45,21 +50,22 @@ class Settings:
     ] = 8
     workers: Annotated[
         int | None,
-        "threads of a process that read and cut pictures (default: its share of the cores)",
+        "threads per process that read and crop pictures (default: its share of the cores)",
         Range(1, 1 << 10),
     ] = None
     device: Annotated[
-        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own"
+        str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available; each process takes its own"
     ] = "auto"
     env_check: EnvCheck = "error"
     shard: Annotated[
-        int, "rows of a shard: what a process takes on at a time", Range(1, 1 << 20), Group("continuing", "--retry")
+        int, "rows per shard, the unit of work of a process", Range(1, 1 << 20), Group("continuing", "--retry")
     ] = 1024
-    retry: Annotated[bool, "try the rows again that were quarantined"] = False
+    retry: Annotated[bool, "try quarantined rows again"] = False
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
 
 
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> None:
+    """Write the feature set OUT. `world` holds this process's rank if a launcher started it."""
     run = flags.parse(Settings, __doc__, sys.argv[1:] if argv is None else argv)
     with startup.importing():
         from experiments.launching import distributed

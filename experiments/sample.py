@@ -2,7 +2,7 @@
 
     lumina sample --model DIR --vq DIR --prompt "a red circle" --width 768 --height 768 --out DIR
 
-OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl, which says what each one is.
+OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl with the prompt and settings of each.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from lumina_fn.process.ranges import SEED, Range
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """The flags of `lumina sample`."""
+
     model: Annotated[
         Path,
         "the model: a native, Hugging Face or MindSpeed release folder with its tokenizer",
@@ -33,20 +35,25 @@ class Settings:
     overwrite: Annotated[bool, "replace an existing OUT"] = False
     seed: Annotated[
         int,
-        "with a prompt's and its picture's number it fixes the picture, whatever the batch",
+        "random seed; with the numbers of prompt and picture it determines the picture, whatever --batch is",
         SEED,
         Group("sampling", "--seed 7 --guidance 4 --top-k 2000 --temperature 0.9"),
     ] = 0
     guidance: Annotated[
-        float, "how far to move from the scores without the prompt past those with it; 1: not", Range(0, 1000)
+        float,
+        "classifier-free guidance: factor of the difference between the scores with and without the prompt; 1: none",
+        Range(0, 1000),
     ] = 4.0
     guidance_schedule: Annotated[
-        Literal["constant", "reference"], "reference: the original's, which decays to 4 within the first rows"
+        Literal["constant", "reference"],
+        "reference: that of the reference code, which decays to 4 within the first rows",
     ] = "constant"
-    top_k: Annotated[int, "draw among the k likeliest codes", Range(1, 1 << 20)] = 4096
-    temperature: Annotated[float, "of the draw; 0: always the likeliest code", Range(0, 1000)] = 1.0
+    top_k: Annotated[int, "draw from the k most likely codes", Range(1, 1 << 20)] = 4096
+    temperature: Annotated[float, "temperature of the draw; 0: always the most likely code", Range(0, 1000)] = 1.0
     min_p: Annotated[
-        float, "leave out codes that, before guidance, have less than this part of the likeliest's", Range(0, 1)
+        float,
+        "leave out codes whose probability before guidance is below this fraction of the most likely code's",
+        Range(0, 1),
     ] = 0.0
     batch: Annotated[
         int,
@@ -55,17 +62,19 @@ class Settings:
         Group("devices", "--device npu --batch 8 --dtype bfloat16"),
     ] = 1
     dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16"], "of the model; auto: float32 on a CPU, else bfloat16"
+        Literal["auto", "float64", "float32", "bfloat16"],
+        "precision of the model; auto: float32 on a CPU, else bfloat16",
     ] = "auto"
-    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there"] = "auto"
+    device: Annotated[str, "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available"] = "auto"
     env_check: EnvCheck = "error"
     compile: Annotated[
         Literal["off", "blocks"],
-        "blocks: compile a block first, some seconds; pays for small models and many codes on a CPU",
+        "blocks: compile a block first, which takes seconds; faster for small models and many codes on a CPU",
     ] = "off"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pictures of all prompts to OUT."""
     run = flags.parse(Settings, __doc__, argv)
     with startup.importing():
         from experiments.sampling import run as sampling

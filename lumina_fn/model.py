@@ -9,6 +9,7 @@ Three callables are the whole extension mechanism:
   remat   what a block keeps for its backward (everything, or its inputs)
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from torch.nn import functional as F
 import ops
 from kernels.reference import among
 from lumina_fn.config import ModelConfig
+from lumina_fn.errors import InputError
+
+LOG = logging.getLogger(__name__)
 
 HEAD_NORM_EPS = 1e-5  # fixed in the reference, independent of rms_norm_eps
 
@@ -163,7 +167,14 @@ def unembed(p: Head, x: Float[Tensor, "B T D"], cfg: ModelConfig) -> Float[Tenso
 def forward(
     params: Params, tokens: Int[Tensor, "B T"], cfg: ModelConfig, *, gather=lambda unit: unit, remat=lambda f: f
 ) -> Float[Tensor, "B _ V"]:
-    """Next-token logits at the first cfg.max_positions positions, float32 (float64 for float64 parameters)."""
+    """Next-token logits at the first cfg.max_positions positions, float32 (float64 for float64 parameters).
+
+    Longer rows are cut there, as the reference does, and a warning is logged. InputError for tokens that are no rows.
+    """
+    if tokens.ndim != 2:
+        raise InputError(f"tokens of shape {list(tokens.shape)}: expected rows [B T]; one sequence is tokens[None]")
+    if tokens.shape[1] > cfg.max_positions:
+        LOG.warning("%s tokens a row: the model's context is %s, the rest is cut", tokens.shape[1], cfg.max_positions)
     return unembed(gather(params.head), trunk(params, tokens, cfg, gather=gather, remat=remat), cfg)
 
 

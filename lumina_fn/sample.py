@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
-from lumina_fn import decode
-from lumina_fn.config import ModelConfig
+from lumina_fn import decode, vq
+from lumina_fn.config import ModelConfig, VQConfig
 from lumina_fn.errors import InputError
 from lumina_fn.model import Head, Params, unembed
 from lumina_fn.scores import (  # noqa: F401  (callers name these as parts of sampling)
@@ -137,6 +138,13 @@ def draw_pictures(
         batch = _Batch([on_device[one.prompt] for one in part], random, slots, special)
         parts.append(_drawn(params, batch, cfg, how, pace))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def picture(codes: Int[Tensor, "h w"], vq_params: vq.Params, vq_cfg: VQConfig) -> Image.Image:
+    """One picture of 8h x 8w pixels, RGB, from its codes."""
+    image = vq.decode(vq_params, codes[None].to(vq_params.codebook.device), vq_cfg)
+    return Image.fromarray(vq.pixels(image)[0].cpu().numpy())
 
 
 class _Batch(NamedTuple):

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: floors, one place for the device, nothing run from a file, silence below."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +102,74 @@ def test_mains_may_talk(path):
 
 def test_ascend_may_import_its_device():
     assert faults(DEVICE, "import torch_npu") == []
+
+
+def used(tree: ast.AST) -> Iterator[str]:
+    """What is imported at run time, wherever in a file."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield from imports(ast.Module([node], [])) if isinstance(node, ast.Import | ast.ImportFrom) else used(node)
+
+
+def rooms(floor: str) -> dict[str, set[str]]:
+    """For each room and each module of a floor that stands in none, those that it imports."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / floor).rglob("*.py"):
+        own = path.relative_to(ROOT / floor).parts[0].removesuffix(".py")
+        names = {name.split(".")[1] for name in used(ast.parse(path.read_text())) if name.startswith(f"{floor}.")}
+        here = {n for n in names if (ROOT / floor / n).is_dir() or (ROOT / floor / f"{n}.py").exists()}
+        found.setdefault(own, set()).update(here - {own})
+    return found
+
+
+def test_no_room_of_the_model_s_floor_imports_one_that_imports_it():
+    found = rooms("lumina_fn")
+    del found["__init__"]
+    assert len(list(graphlib.TopologicalSorter(found).static_order())) >= len(found)
+
+
+def test_what_a_command_is_made_of_imports_no_command():
+    """The demo calls commands, as a user does."""
+    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__", "devices", "ascend_env"}
+    for room, names in rooms("experiments").items():
+        if (ROOT / "experiments" / room).is_dir() and room != "demo":
+            assert not names & commands, room
+
+
+@pytest.mark.parametrize("folder", ["lumina_fn", "experiments", "tests", "kernels", "ops", "docs"])
+def test_a_folder_fits_on_a_screen(folder):
+    shown = [path.name for path in (ROOT / folder).iterdir() if path.name != "__pycache__"]
+    assert len(shown) <= 36
+
+
+# More than six parameters, each with its reason. kernels and ops take tensors one by one, as PyTorch's dispatcher does.
+MANY = {
+    "lumina_fn/sample.py generate": "the public contract",
+    "lumina_fn/train.py make_train_step": "the public contract",
+    "lumina_fn/loss.py loss": "the public contract, and two seams",
+    "lumina_fn/checkpoint.py save_model": "the public contract, and what is written beside the weights",
+    "lumina_fn/state/saved_state.py save": "a checkpoint, its place on a mesh, and what stays beside it",
+    "experiments/demo/muon.py update": "an optimizer's formula, tensor by tensor",
+}
+
+
+def test_what_travels_together_is_one_value():
+    found = set()
+    for floor in ("lumina_fn", "experiments"):
+        for path in (ROOT / floor).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                    if len([name for name in names if name not in ("self", "cls")]) > 6:
+                        found.add(f"{path.relative_to(ROOT)} {node.name}")
+    assert found == set(MANY)
+
+
+def test_every_public_function_of_the_library_says_what_comes_out():
+    for floor in ("lumina_fn", "ops", "kernels"):
+        for path in (ROOT / floor).rglob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                overload = "overload" in [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and not overload:
+                    assert ast.get_docstring(node) or node.name in ("main", "Settings"), f"{path.name} {node.name}"

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from lumina_fn import data
 from lumina_fn.features import shards
+from lumina_fn.features.feature_set import FeatureSet, drops_caption, order
 
 
 class Visits(NamedTuple):
@@ -34,7 +34,7 @@ class Mixture:
     count differs from its share by at most the number of sets.
     """
 
-    sets: tuple[data.FeatureSet, ...]
+    sets: tuple[FeatureSet, ...]
     weights: tuple[Fraction, ...] | None = None
 
     def __len__(self) -> int:
@@ -47,8 +47,8 @@ class Mixture:
 
     @cached_property
     def _order(self) -> Callable[[int, int, int], Int[np.ndarray, " _"]]:
-        """data.order of a set's epoch, cached for its current and its previous epoch."""
-        return lru_cache(maxsize=2 * len(self.sets))(data.order)
+        """order of a set's epoch, cached for its current and its previous epoch."""
+        return lru_cache(maxsize=2 * len(self.sets))(order)
 
     def steps_per_epoch(self, batch: int, last: Literal["partial", "drop"]) -> int | None:
         """The number of steps that visit every item once; `drop` leaves out a last partial batch. None with weights."""
@@ -73,7 +73,7 @@ class Mixture:
 
     def read(self, visits: Visits, seed: int, caption_drop: float) -> list[tuple[shards.Feature, bool]]:
         """Each item as stored, and whether it loses its caption in this epoch."""
-        drops = lambda s, e, i: data.drops_caption(caption_drop, _seed(seed, s), e, i)
+        drops = lambda s, e, i: drops_caption(caption_drop, _seed(seed, s), e, i)
         found = zip(*(x.tolist() for x in visits), strict=True)
         return [(self.sets[s].feature(i), drops(s, e, i)) for s, e, i in found]
 
