@@ -21,6 +21,7 @@ Item = tuple[list[int], list[int]]  # ids and labels, equally long
 
 
 def item(text: list[int], codes: Integer[np.ndarray, "h w"], ids: Ids) -> Item:
+    """The ids and labels of a picture after its text: only the picture, and what follows it, is predicted."""
     image = [*image_tokens(codes.tolist(), ids), ids.sep]
     return text + image, [IGNORE] * len(text) + image
 
