@@ -130,3 +130,13 @@ def test_every_function_on_the_path_of_a_row_is_where_the_page_says():
     assert len(named) >= 25
     for name, file in named:
         assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE), (name, file)
+
+
+def test_private_apis_of_pytorch_are_listed_with_the_module_that_uses_them():
+    page = (ROOT / "docs/explanation/private-apis.md").read_text()
+    private = re.compile(r"(?:from|import) (torch(?:\.\w+)*\._\w+(?:\.\w+)*)|\b(torch(?:\.\w+)*\._(?!pytree|_)\w+)\b")
+    for floor in ("kernels", "ops", "lumina_fn", "experiments"):
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            names = {a or b for a, b in private.findall(path.read_text())} - {"torch.utils._pytree"}
+            if names and "demo" not in path.parts:
+                assert str(path.relative_to(ROOT)) in page, (path.name, names)

@@ -1,5 +1,6 @@
 """What `experiments.dataset` is made of.
 
+report       the command `report`
 inspection   what is known of each row
 duplicates   pictures that look alike
 statistics   what a dataset holds, as numbers and as text

@@ -1,1 +1,4 @@
-"""What `experiments.sample` is made of."""
+"""What `experiments.sample` is made of.
+
+run   prompts to codes to pictures, with progress
+"""
