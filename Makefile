@@ -27,7 +27,7 @@ demo: setup
 # Tensors of tests are tiny: a second thread costs more than it gives, a second process does not.
 # A file's tests stay in one process and in order: blocks of the README build on each other.
 test test-all test-fast ascend-test ascend-kernels: export OMP_NUM_THREADS := 1
-PYTEST := -m pytest -q -n 2 --dist loadfile -p tests.ascend.ladder
+PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -p tests.ascend.ladder
 
 # Every law, and a part of the sweeps that widen them: another part each time, whose number is printed. SWEEP=3 plays part 3.
 SWEEP ?= part

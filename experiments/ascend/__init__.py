@@ -1,1 +1,1 @@
-"""What only an Ascend NPU can show."""
+"""The checks that need a real Ascend NPU."""

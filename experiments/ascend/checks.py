@@ -1,4 +1,4 @@
-"""The checks of `experiments.npu_check`, and the line that says whether they ran."""
+"""The checks of `experiments.npu_check`, and the lines that report them."""
 
 import importlib.util
 import statistics
@@ -24,10 +24,12 @@ from ops import collectives
 CFG = ModelConfig(vocab=96, width=128, layers=2, heads=2, kv_heads=1, hidden=96, max_positions=64, masked_ids=(7, 11))
 OPT = train.AdamW(lr=1e-3, decay=0.1, clip=1.0)
 B, T, SLOTS = 2, 12, 16
-WAIT = timedelta(minutes=5)  # for the other device
+WAIT = timedelta(minutes=5)  # limit of a wait for the other device
 
 
 class Check(NamedTuple):
+    """A check and its name."""
+
     name: str
     run: Callable[[], None]  # raises where something is wrong
 
@@ -37,7 +39,7 @@ class Wrong(Exception):
 
 
 def run(checks: Sequence[Check], say: Callable[[str], None] = print) -> int:
-    """How many failed. What goes wrong in one, whatever it is, stops no other."""
+    """Run the checks and print a line for each; returns the number that failed. Any error fails its check and stops no other."""
     failed = 0
     for name, check in checks:
         try:
@@ -52,7 +54,7 @@ def run(checks: Sequence[Check], say: Callable[[str], None] = print) -> int:
 
 
 def of_ops(device: torch.device) -> list[Check]:
-    """Every op in every dtype that the device takes."""
+    """Checks of every op in every dtype that the device takes."""
     sides = {"registered": torch.ops.lumina}
     if npu.triton_ascend():
         sides["triton"] = benchmark.triton_kernels()
@@ -78,7 +80,7 @@ def _within(what: str, found: float, eager: float, bound: float) -> None:
 
 
 def of_the_model(device: torch.device) -> list[Check]:
-    """Training steps of all kinds, and decoding."""
+    """Checks of training steps of all kinds, and of decoding."""
     float32, bfloat16 = torch.float32, torch.bfloat16
     kinds = {
         "a step": (batch(), float32, {}),
@@ -100,24 +102,25 @@ def of_the_model(device: torch.device) -> list[Check]:
 
 
 def params() -> model.Params:
-    """Random ones whose gains and biases do something."""
+    """Random parameters, whose gains and biases are not 1 and 0."""
     generator = torch.Generator().manual_seed(0)
     return pytree.tree_map(lambda x: x + 0.02 * torch.randn(x.shape, generator=generator), model.init(CFG))
 
 
 def batch(packed: bool = False) -> Batch | Packed:
+    """Random tokens and labels, as rows or as packed documents."""
     tokens, labels = torch.randint(12, CFG.vocab, (2, B, T), generator=torch.Generator().manual_seed(1))
     labels[0, :3] = -100
     return Packed(tokens, labels, torch.tensor([[0] * 5 + [5] * 7, [0] * T])) if packed else Batch(tokens, labels)
 
 
 def _on(device: torch.device | str, tree: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copies: a donated state is written over."""
+    """The tree copied to the device: copied, since a donated state is overwritten."""
     return pytree.tree_map(lambda x: x.to(device, dtype if x.is_floating_point() else None, copy=True), tree)
 
 
 def _stepped(options: dict[str, Any], rows: Batch | Packed, params: model.Params, exact: bool) -> dict[str, Any]:
-    """What a step makes of parameters. Those after it are left out: AdamW's first step magnifies what rounds a tiny gradient."""
+    """The loss and the moments after a step. Its parameters are left out: AdamW's first step magnifies the rounding of tiny gradients."""
     device = params.embed.device
     options = {name: value for name, value in options.items() if not (exact and name == "dtype")}
     state, metrics = train.make_train_step(CFG, OPT, **options)(train.init_state(params, OPT), _on(device, rows))
@@ -125,7 +128,7 @@ def _stepped(options: dict[str, Any], rows: Batch | Packed, params: model.Params
 
 
 def _decoded(params: model.Params, exact: bool) -> dict[str, Any]:
-    """Prompts of two lengths, then a token more in each row twice."""
+    """The results of decoding: prompts of two lengths, then twice one more token in each row."""
     device = params.embed.device
     ids = lambda *some: torch.tensor(some, device=device)
     cache = decode.empty_cache(params, CFG, 2, SLOTS)
@@ -139,16 +142,16 @@ def _decoded(params: model.Params, exact: bool) -> dict[str, Any]:
 def _same(
     make: Callable[[model.Params, bool], dict[str, Any]], dtype: torch.dtype, of_params: torch.dtype, device: torch.device
 ) -> None:  # fmt: skip
-    """What is made on the device is as near to float64 as what is made on the CPU in this dtype, parameters being of theirs."""
+    """Raises Wrong unless the device's result is as near to float64 as the CPU's in this dtype; `of_params` is the parameters' dtype."""
     given = _on("cpu", params(), of_params)
     found = _on("cpu", make(_on(device, given), False))
     _nearby(found, make(_on("cpu", given), False), make(_on("cpu", given, torch.float64), True), dtype)
 
 
 def _nearby(found: Any, eager: Any, exact: Any, dtype: torch.dtype) -> None:
-    """Every leaf of `found` is off by twice eager's distance at the most, and by what rounding it costs.
+    """Raises Wrong unless every leaf of `found` is off from `exact` by at most twice the distance of `eager`, plus one rounding.
 
-    Of a bias of a few numbers eager's distance may be small by luck: what its output's leaves are off by in the middle counts too.
+    For a bias of few numbers the distance of `eager` may be small by chance, so the median over the output's leaves counts if larger.
     """
     far = lambda x, true: ((x.double() - true).norm() / true.norm()).item()
     for output, tree in exact.items():
@@ -162,7 +165,7 @@ def _nearby(found: Any, eager: Any, exact: Any, dtype: torch.dtype) -> None:
 
 
 def of_the_graph(device: torch.device) -> list[Check]:
-    """Exported steps, compiled as a whole."""
+    """Checks of exported steps, compiled as a whole."""
     return [
         Check(f"the exported step{' with packed documents' * packed}, compiled", partial(_compiled, device, packed))
         for packed in (False, True)
@@ -188,7 +191,7 @@ def _leaves(device: torch.device, tree: Any) -> list[Tensor]:
 
 
 def of_two_devices(kind: str) -> list[Check]:
-    """Collectives of two ranks, each with a device of its own."""
+    """Checks of collectives of two ranks, each with a device of its own."""
     return [Check("collectives of 2 ranks", partial(_together, kind))]
 
 
@@ -198,7 +201,7 @@ def _together(kind: str) -> None:
 
 
 def collectives_faults(rank: int, size: int, kind: str) -> list[str]:
-    """What is not as arithmetic says, on this rank."""
+    """A line for each collective with a wrong result on this rank."""
     device = torch.device(kind, rank) if kind != "cpu" else torch.device(kind)
     if kind != "cpu":
         torch.accelerator.set_device_index(rank)
@@ -219,7 +222,7 @@ def collectives_faults(rank: int, size: int, kind: str) -> list[str]:
 
 
 def missing() -> str | None:
-    """Why nothing can be checked here, or None where an NPU is."""
+    """The reason why nothing can be checked here; None if there is an NPU."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -227,6 +230,7 @@ def missing() -> str | None:
 
 
 def checks() -> Iterator[Check]:
+    """All checks on this machine's NPUs; prints a line if there is only one and collectives are skipped."""
     device = torch.device("npu", torch.accelerator.current_device_index())
     yield from (*of_ops(device), *of_the_model(device), *of_the_graph(device))
     if torch.accelerator.device_count() >= 2:

@@ -1,9 +1,9 @@
-"""What `experiments.dataset` is made of.
+"""The parts of `experiments.dataset`.
 
-report       the command `report`
-inspection   what is known of each row
-duplicates   pictures that look alike
-statistics   what a dataset holds, as numbers and as text
-html         the same as one page
-verify       some pictures encoded again and compared
+report       `experiments.dataset report`
+inspection   what is known of each row of a dataset
+duplicates   equal and similar pictures
+statistics   the report as numbers and as text
+html         the report as one page
+verify       `experiments.dataset verify`: some pictures encoded again and compared
 """

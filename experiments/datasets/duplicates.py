@@ -1,4 +1,4 @@
-"""Pictures that look alike: a difference hash and the colours of every picture, and groups found without comparing all pairs."""
+"""Similar pictures: a difference hash and the colours of every picture, and groups found without a comparison of all pairs."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -15,6 +15,8 @@ COLOUR = 16  # of 255: how far these means may lie apart; a re-encoded copy move
 
 
 class Fingerprint(NamedTuple):
+    """A picture's difference hash and coarse colours."""
+
     hash: int  # 64 bits: is a point brighter than its right neighbour?
     colours: bytes  # CELLS x CELLS x RGB
 
@@ -28,7 +30,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def same(keys: Iterable[Hashable | None]) -> list[list[int]]:
-    """The places of equal keys, wherever a key comes more than once; None equals nothing."""
+    """For each key that occurs more than once, the indices at which it occurs; None equals nothing."""
     places: dict[Hashable, list[int]] = defaultdict(list)
     for i, key in enumerate(keys):
         if key is not None:
@@ -37,15 +39,17 @@ def same(keys: Iterable[Hashable | None]) -> list[list[int]]:
 
 
 def near(pictures: Sequence[Fingerprint], distance: int) -> list[list[int]]:
-    """Groups of pictures, chained by pairs whose hashes differ in at most `distance` bits and whose colours are near.
+    """Groups of similar pictures, as indices. Pictures are similar if their hashes differ in at most `distance` bits and their colours
+    are close; pairs that share a picture are in one group.
 
-    Of distance + 2 bands of bits at least two are equal in such a pair, so only pictures that share two bands are compared.
+    The bits are divided into distance + 2 bands. At least two bands are equal in a similar pair, so only pictures that share two
+    bands are compared.
     """
     if not pictures:
         return []
     hashes = np.array([p.hash for p in pictures], np.uint64)
     colours = np.stack([np.frombuffer(p.colours, np.uint8) for p in pictures]).astype(np.int16)
-    group = np.arange(len(pictures))  # of every picture, named by one of its members
+    group = np.arange(len(pictures))  # each picture's group, named by one of its members
     members = {i: [i] for i in range(len(pictures))}
     for key in _keys(hashes, distance):
         for bucket in _buckets(key):
@@ -67,7 +71,7 @@ def _keys(hashes: UInt64[np.ndarray, " n"], distance: int) -> Iterator[UInt64[np
 
 
 def _buckets(key: UInt64[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " m"]]:
-    """The places of equal keys, two or more."""
+    """The indices of equal keys, two or more each."""
     order = np.argsort(key, kind="stable")
     cuts = np.flatnonzero(np.diff(key[order])) + 1
     edges = np.concatenate([[0], cuts, [len(key)]])
@@ -82,8 +86,8 @@ def _alike(
     bucket: Int[np.ndarray, " m"],
     distance: int,
 ) -> Iterator[Int[np.ndarray, " k"]]:
-    """Pictures of a bucket, each with those that are near it and in another group by then."""
-    bright = colours[bucket].mean(1)  # near colours have near means: only a window of them is compared
+    """Pictures of a bucket, each with the pictures that are similar and still in another group."""
+    bright = colours[bucket].mean(1)  # close colours have close means: only a window of them is compared
     order = np.argsort(bright, kind="stable")
     bucket, ends = bucket[order], np.searchsorted(bright[order], bright[order] + COLOUR, side="right")
     for i, place in enumerate(bucket):

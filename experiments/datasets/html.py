@@ -13,11 +13,8 @@ from lumina_fn.errors import printable
 
 SIDE = 160  # pixels of a picture shown
 LONGEST = 600  # characters of a caption, name or reason
-LISTED, GROUPS, MEMBERS = (
-    200,
-    24,
-    8,
-)  # rows of a table, groups, and pictures of a group that are shown; report.json has all
+# The rows of a table, the groups, and the pictures of a group that are shown; report.json has all.
+LISTED, GROUPS, MEMBERS = 200, 24, 8
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
@@ -31,7 +28,7 @@ svg { width: 340px; height: 170px } .pictures img { max-width: 160px; max-height
 
 
 def page(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Image.Image]]) -> str:
-    """The page; `pictures` has those of a row that can be shown, by row. Whatever a dataset says appears as text."""
+    """The page. `pictures` holds, by row, the pictures that can be shown. All text from a dataset is escaped."""
     counts = report["counts"]
     parts = [
         f"<h1>{_text(report['source'])}</h1>",
@@ -52,7 +49,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Image.Image]
     ]  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        # Should any text get past the escaping, it can neither run nor load anything.
+        # If any text passes unescaped, it can neither run nor load anything.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{_text(report['source'])}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
@@ -137,7 +134,7 @@ def _sizes(sizes: Mapping[str, Any]) -> str:
 
 
 def _plot(title: str, histogram: Mapping[str, Any], name: Callable[[float], str], caption: str) -> str:
-    """Bars over their edges, whose counts show under the pointer."""
+    """A histogram as SVG; a bar shows its count under the pointer."""
     edges, counts = histogram["edges"], histogram["counts"]
     left, bottom, width, height, top = 44, 140, 290, 110, max(counts)
     step = width / len(counts)

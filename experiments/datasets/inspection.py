@@ -1,4 +1,4 @@
-"""What is known of every row of a dataset: read off its pictures and prompts, or off the features made from them."""
+"""What is known of each row of a dataset: from its picture and prompt, or from the features made from them."""
 
 import hashlib
 import json
@@ -21,11 +21,13 @@ from lumina_fn.features.shards import Rejected
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
-UNKNOWN = bytes(32).hex()  # SHA-256 of a file that was not there when its features were taken over
+UNKNOWN = bytes(32).hex()  # stands for the SHA-256 of a file that was missing when its features were migrated
 Size = tuple[int, int]  # width and height in pixels
 
 
 class Look(NamedTuple):
+    """What is known of one row; None where something is not known."""
+
     row: int  # in the input
     file: str | None
     prompt: str | None = None
@@ -40,7 +42,7 @@ class Look(NamedTuple):
 
     @property
     def tokens(self) -> int | None:
-        """Of the whole training item."""
+        """The number of tokens of the whole training item; None if it is not known."""
         if self.text is None or self.crop is None:
             return None
         width, height = (side // PIXELS_PER_CODE for side in self.crop)
@@ -50,7 +52,7 @@ class Look(NamedTuple):
 def at_row(
     index: int, value: Any, roots: Sequence[Path], size: int, tokenizer: Tokenizer | None, seed: int = 0
 ) -> Look:
-    """The row as pretokenize takes it at this size and seed; without a tokenizer neither captions nor size tokens are judged."""
+    """The row as pretokenize would take it with this size and seed; without a tokenizer captions and size tokens are not checked."""
     look = Look(index, *(text if isinstance(text, str) else None for text in written(value)))
     if tokenizer is None:
         return _without_tokens(look, value, roots, size)
@@ -74,19 +76,19 @@ def _without_tokens(look: Look, value: Any, roots: Sequence[Path], size: int) ->
 
 
 def written(value: Any) -> tuple[Any, Any]:
-    """What a row, whatever it is, says of file and prompt."""
+    """The values of `file` and `prompt` in a row of any type; None for those that are missing."""
     return (value.get("file"), value.get("prompt")) if isinstance(value, dict) else (None, None)
 
 
 class Done(NamedTuple):
-    """A feature set, and what its shards say of the pictures' files."""
+    """A feature set, and the sizes of the pictures' files as its shards record them."""
 
     features: data.FeatureSet
     sources: Int[np.ndarray, "n 2"]  # width and height, zeros where they are not known
 
 
 def open_done(folder: Path) -> Done:
-    """Raises InputError for a folder that is no feature set, or not whole."""
+    """The feature set in a folder. Raises InputError for a folder that is no feature set, or not complete."""
     features = data.FeatureSet(folder)
     names = [entry.file for entry in shards.read_index(folder).entries]
     sources = [shards.read(folder / name).sources for name in names]
@@ -99,7 +101,7 @@ def at_entry(
     rows: Sequence[Any] | None,
     picture: Callable[[Look], Image.Image] | None,
 ) -> Look:
-    """A row of a manifest. The prompt is that of `rows`; `picture` shows what the picture looks like, where anything does."""
+    """The row of a manifest's entry. Its prompt is taken from `rows`; `picture`, if given, loads or decodes its picture."""
     look = Look(entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry["sha256"], item=entry["item"])
     if rows is not None and look.row < len(rows):
         file, caption = written(rows[look.row])
@@ -117,13 +119,16 @@ def at_entry(
         text_sha256=hashlib.sha256(np.ascontiguousarray(text)).digest(),
     )
     if picture is not None:
-        with suppress(InputError):  # the source is gone or changed since: verify names those
+        with suppress(InputError):  # the source was removed or has changed; verify names such rows
             look = look._replace(fingerprint=fingerprint(picture(look)))
     return look
 
 
 def read_manifest(features: data.FeatureSet) -> list[dict[str, Any]]:
-    """Every input row of a feature set, done or quarantined; "item" is its place in the set, "sha256" is None where it is unknown. Raises InputError for another set's."""
+    """Every input row of a feature set, done or quarantined; "item" is its place in the set, "sha256" is None where it is unknown.
+
+    Raises InputError for a manifest that does not match the set.
+    """
     path, again = features.folder / shards.MANIFEST, "run experiments.pretokenize again"
     try:
         entries = [json.loads(line) for _, line in reading.lines(path, f"the list of a set's rows; {again}") if line]

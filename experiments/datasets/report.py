@@ -1,4 +1,4 @@
-"""`experiments.dataset report`: what a dataset holds, before or after its pictures become tokens."""
+"""`experiments.dataset report`: the statistics of a dataset, before or after its pictures become tokens."""
 
 import json
 import os
@@ -25,11 +25,12 @@ from lumina_fn.features import dataset
 if TYPE_CHECKING:
     from experiments.dataset import Report
 
-WINDOW = 1024  # rows that are under way at once
-Picture = Callable[[Look], Image.Image]  # of a row; raises InputError
+WINDOW = 1024  # rows that are processed at once
+Picture = Callable[[Look], Image.Image]  # gives the picture of a row; raises InputError
 
 
 def report(run: "Report") -> int:
+    """Print the report, and write it to --json and --out; returns the exit code. Raises InputError."""
     is_features = run.source.is_dir()
     _check(run, is_features)
     if run.out:
@@ -71,7 +72,7 @@ def _check(run: "Report", is_features: bool) -> None:
 
 
 def _check_replaced(run: "Report") -> None:
-    """InputError unless the file that --json names may be replaced: as asked for, and only by what it is, a report."""
+    """Raises InputError unless the file that --json names may be replaced: with --overwrite, and only if it is a report."""
     places.place_of_file(run.json, _inputs(run))
     if not run.overwrite:
         raise InputError(f"--json {run.json}: the file exists; give a new place, or --overwrite to replace it")
@@ -88,7 +89,7 @@ def _inputs(run: "Report") -> list[Path]:
 
 
 def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
-    """Every row of DATA.json, and how its pictures are shown."""
+    """Every row of DATA.json, and the function that loads its picture."""
     rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
     look = lambda i: inspection.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
@@ -96,7 +97,7 @@ def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
 
 
 def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
-    """Every row of a feature set's manifest, and how its pictures are shown: source and decoded side by side where both are there."""
+    """Every row of a feature set's manifest, and the functions that give its pictures: the source, the decoded one, both or none."""
     done = inspection.open_done(run.source)
     manifest = inspection.read_manifest(done.features)
     show: list[Picture] = []
@@ -139,22 +140,22 @@ def _decoded_pictures(run: "Report", features: data.FeatureSet) -> Picture:
 
 
 def _shown(show: Sequence[Picture], look: Look) -> list[Image.Image]:
-    """The row's pictures, as many as there are still."""
+    """The row's pictures, without those that can no longer be read."""
     shown = []
     for picture in show:
         try:
             shown.append(picture(look))
-        except InputError:  # a source that is gone by now; verify names it
+        except InputError:  # the source was removed or has changed; verify names such rows
             continue
     return shown
 
 
 def _looks(look: Callable[[int], Look], count: int, workers: int) -> list[Look]:
-    """What `look` gives for every row, in order. Progress is shown on a terminal."""
+    """The results of `look` for all rows, in order; shows progress on a terminal."""
     console, looks = Console(stderr=True), []
     with (
         Progress(console=console, disable=not console.is_terminal) as progress,
-        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+        warnings.catch_warnings(),  # ignore Pillow's warnings once for all threads: changing the filters is not thread-safe
         ThreadPoolExecutor(workers) as threads,
     ):
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What a dataset holds, as numbers: a function of what is known of its rows, and the same numbers as lines of text."""
+"""The report on a dataset: numbers computed from what is known of its rows, and the same numbers as lines of text."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ _KNOWN = re.compile(r"no such file|the path leads outside|decompression bomb|can
 
 
 def summary(source: str, kind: str, looks: Sequence[Look], distance: int, sampled: Sequence[Look]) -> dict[str, Any]:
-    """Everything a report says, as JSON. `distance` is that of near-duplicates; `sampled` are the looks that it shows."""
+    """The report as values of JSON. `distance` is the limit for near-duplicates, in bits; `sampled` are the rows that it shows."""
     done = [look for look in looks if look.reason is None]
     bad = [look for look in looks if look.reason is not None]
     return {
@@ -48,7 +48,7 @@ def summary(source: str, kind: str, looks: Sequence[Look], distance: int, sample
 
 
 def reason_class(reason: str) -> str:
-    """What reasons of one kind have in common: no paths, numbers or particulars."""
+    """The reason without paths, numbers and details, so that reasons of one kind are equal."""
     if known := _KNOWN.search(reason):
         return known[0]
     if reason.startswith("expected {"):
@@ -100,7 +100,7 @@ def _prompts(looks: Sequence[Look], done: Sequence[Look]) -> dict[str, Any]:
 
 
 def _pictures(done: Sequence[Look], distance: int) -> dict[str, Any]:
-    """Exact duplicates by hash of the file; near ones among pictures that are not exact duplicates of each other."""
+    """Groups of exact duplicates, by the hash of the file, and of near-duplicates among the other pictures."""
     exact = duplicates.same(look.sha256 for look in done)
     again = {i for group in exact for i in group[1:]}
     seen = [look for i, look in enumerate(done) if look.fingerprint and i not in again]

@@ -1,4 +1,4 @@
-"""Encode some pictures of a feature set again, and compare: did a source change, do codes and captions still say the same?"""
+"""`experiments.dataset verify`: encode some pictures of a feature set again, and check that sources, codes and captions are the same."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 
 class Compared(NamedTuple):
+    """The comparison of a row: how many codes were compared, how many are equal, and what is wrong."""
+
     codes: int
     equal: int
     fault: str | None
 
 
 def verify(run: "Verify") -> int:
-    """0 if the sample is the same, 1 if not; a line for every row that is not."""
+    """Compare a sample and print a line for every row that differs; returns the exit code, 1 if one does. Raises InputError."""
     if run.image_root and not run.image_root.is_dir():
         raise InputError(f"--image-root {run.image_root}: no such folder")
     features = data.FeatureSet(run.features)
@@ -68,7 +70,7 @@ def verify(run: "Verify") -> int:
 
 
 def same_vq(path: Path, features: data.FeatureSet, device: torch.device) -> tuple[vq.Params, VQConfig]:
-    """The MoVQGAN there, on the device. Raises InputError if another one made the features, as far as they tell."""
+    """The MoVQGAN at this path, on the device. Raises InputError if the features record the fingerprint of another one."""
     params, cfg = checkpoint.load_vq(path)
     if features.origin.vq and (found := data.fingerprint(params)) != features.origin.vq:
         raise InputError(
@@ -88,13 +90,13 @@ def _same_tokenizer(path: Path, features: data.FeatureSet) -> Tokenizer:
 
 
 class Made(NamedTuple):
-    """A feature set, and what made it."""
+    """A feature set, and the models and folders that it was made with."""
 
     features: data.FeatureSet
     params: vq.Params
     cfg: VQConfig
     tokenizer: Tokenizer | None
-    roots: Sequence[Path]  # folders that pictures may lie in
+    roots: Sequence[Path]  # folders that may hold pictures
 
 
 def _compare(entry: dict, value: Any, item: int, made: Made, allow: float) -> Compared:

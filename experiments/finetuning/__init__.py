@@ -1,11 +1,11 @@
-"""What `experiments.finetune` is made of.
+"""The parts of `experiments.finetune`.
 
 settings          its flags
-checks            what it refuses before it begins
-feature_folders   the feature sets that --features names
-loop              the run itself: load, train, save, convert
-resuming          from which checkpoint a run continues
-run_folder        OUT: one writer, and only a run's own files are removed
+checks            checks of flags and features before training
+feature_folders   the feature sets that --features names, read as one
+loop              the run itself: load, train, save the model
+resuming          checkpoints, and how a run continues from one
+run_folder        OUT: one process writes it, and only a run's own files are removed
 metrics           metrics.jsonl and the progress on the terminal
-profiling         where the time of a few steps goes
+profiling         a profile of a few steps
 """

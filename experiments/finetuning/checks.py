@@ -1,4 +1,4 @@
-"""What experiments.finetune refuses before it begins: flags, and features that do not belong to the model."""
+"""Checks of experiments.finetune before training: of flags, and of features that do not match the model."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lumina_fn.features.mixing import Mixture
 
 
 def flags(run: Any) -> None:
-    """InputError for a flag of experiments.finetune whose value makes no sense."""
+    """Raises InputError for a flag of experiments.finetune whose value cannot be used."""
     if run.lr * run.weight_decay >= 1:
         raise InputError(
             f"--lr {run.lr} with --weight-decay {run.weight_decay}: a step multiplies parameters by 1 - lr x decay, which must stay "
@@ -31,7 +31,7 @@ def flags(run: Any) -> None:
 
 
 def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> None:
-    """InputError for a step that cannot be shared out as asked; what has no effect here is said."""
+    """Raises InputError for a step that cannot be divided as the flags ask; prints a note for flags without effect here."""
     if device.type == "cpu" and (run.forward_prefetch or run.backward_prefetch):
         world.say("note: --forward-prefetch and --backward-prefetch have no effect on a CPU: it has no streams")
     if run.noise_scale_every and run.batch <= micro_batch:
@@ -44,7 +44,7 @@ def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> No
 
 
 def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> int:
-    """The longest item's tokens. InputError for features that were made for another model, or that do not fill a step."""
+    """The number of tokens of the longest item. Raises InputError for features of another model, or too few for a step."""
     for features in mixture.sets:
         _of_model(run, features, cfg)
         if n := features.unchecked():

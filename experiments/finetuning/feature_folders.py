@@ -1,4 +1,4 @@
-"""The feature sets that --features names, read as one."""
+"""The feature sets that --features names, read as one set."""
 
 import re
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ _WEIGHT = re.compile(r"\d{1,9}(\.\d{1,9})?|\.\d{1,9}|\d{1,9}/\d{1,9}", re.ASCII)
 
 
 class Named(NamedTuple):
+    """One value of --features: a folder and its weight."""
+
     folder: Path
     weight: Fraction | None  # None: not given
 
 
 def named(flags: Sequence[Path]) -> list[Named]:
-    """The folders and weights of `DIR` and `DIR=0.7`. Raises InputError for weights that say nothing.
+    """The folders and weights of `DIR` and `DIR=0.7`. Raises InputError for weights that cannot be used.
 
-    A folder whose own name ends like that is meant where it is there.
+    If a folder with the whole name, such as `DIR=0.7`, exists, it is taken, without a weight.
     """
     found = [_named(flag) for flag in flags]
     bare = [str(one.folder) for one in found if one.weight is None]
@@ -42,7 +44,7 @@ def _named(flag: Path) -> Named:
 
 
 def opened(flags: Sequence[Path]) -> Mixture:
-    """The sets as one. Raises InputError for a folder that is no feature set, and for sets of different models."""
+    """The sets as one mixture. Raises InputError for a folder that is no feature set, and for sets of different models."""
     found = named(flags)
     sets = tuple(data.FeatureSet(one.folder) for one in found)
     first = sets[0].origin
@@ -52,6 +54,6 @@ def opened(flags: Sequence[Path]) -> Mixture:
                 f"{features.folder} was made with tokenizer {features.origin.tokenizer[:12]} and {features.origin.ids}, "
                 f"{sets[0].folder} with {first.tokenizer[:12]} and {first.ids}: run experiments.pretokenize with one model"
             )
-    # A set alone is visited epoch by epoch, whatever its weight.
+    # The weight of a single set has no effect: the set is visited epoch by epoch.
     weights = tuple(one.weight for one in found if one.weight is not None)
     return Mixture(sets, weights if len(sets) > 1 and weights else None)

@@ -1,4 +1,4 @@
-"""A fine-tune: what experiments.finetune does once its settings are known."""
+"""The run of `experiments.finetune`, once its settings are known: load, train, save the model."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,12 +42,12 @@ class Job(NamedTuple):
     compute: torch.dtype
 
 
-STREAK = 5  # steps in a row without a finite loss and gradient, after which a run is broken
+STREAK = 5  # steps in a row without a finite loss and gradient after which a run is ended
 
 
 @memory.lowered_by(f"{memory.SHARED}, or lower --micro-batch")
 def main(run: Settings, argv: Sequence[str], world: World) -> int:
-    """The command, from its settings on; `argv` is what a stopped run is to be resumed with. Returns the exit code."""
+    """Run a fine-tune with these settings; returns the exit code. A run that is stopped prints `argv` as the command that resumes it."""
     checks.flags(run)
     device = devices.checked_device(run, world.device, world.say)
     run = replace(run, compile=devices.compiling(run.compile, device))
@@ -55,13 +55,13 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     mesh = _mesh(run, world, device, compute)
     checks.shares(run, world, device, _micro_batch(run, world))
     out = places.place(run.out, [run.model, *(one.folder for one in feature_folders.named(run.features))])
-    # What an earlier attempt of this launch left in OUT is its own, and is continued.
+    # If an earlier attempt of this launch made OUT, its run is continued, whatever the flags say.
     resume, overwrite = ("auto", False) if world.remembers(f"made {out}") else (run.resume, run.overwrite)
     if world.rank == 0:
-        run_folder.check(out, resume, overwrite)  # for its errors: loading a large model takes minutes
+        run_folder.check(out, resume, overwrite)  # fail before a large model is loaded, which takes minutes
     world.barrier()
     features = feature_folders.opened(run.features)
-    # Fine-tuning leaves mask_image_logits off: pictures are what it predicts. A model without a tokenizer has no ids of its own.
+    # Fine-tuning predicts pictures, so it does not mask their logits. A model without a tokenizer has no ids: the features' are used.
     cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
     longest = checks.features(run, world, features, cfg)
@@ -81,13 +81,13 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
         with room.during(f"while {run.model} was loaded", memory.SHARED):
             state, totals = _state(job, out, start, about)
         if world.rank == 0:
-            world.remember(f"made {out}")  # not before: until then --resume STEP is still to be done
+            world.remember(f"made {out}")  # only now: before, a restarted attempt must still follow --resume STEP
         kept = Checkpoints(out / CHECKPOINTS, run, range(start, run.steps), mesh, world, about)
         kept.totals = totals
         try:
             state, stopped = finetune(job, state, kept, features, room)
         except OutOfMemory:
-            kept.wait()  # the checkpoint that is being written is good
+            kept.wait()  # the checkpoint that is being written is good: complete it
             raise
         good = resuming.is_good(state, world)
         if stopped is not None:
@@ -107,7 +107,7 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
 
 
 def _broken(run: Settings, world: World, state: TrainState, cfg: ModelConfig, stored: torch.dtype, out: Path) -> int:
-    """The end of a run whose parameters are not to be believed: the last that are become a model of their own."""
+    """End a run whose parameters are not finite: write the last good ones as the model last_good/. Returns the exit code."""
     step = resuming.last_good(out / CHECKPOINTS, state) if world.rank == 0 else None
     where = f"no checkpoint is older: what it began with, {run.model}, is the last that is known to be good"
     if step is not None:
@@ -119,14 +119,14 @@ def _broken(run: Settings, world: World, state: TrainState, cfg: ModelConfig, st
 
 
 def _since(state: TrainState) -> str:
-    """Since when a state is not good."""
+    """The reason why a state is not good, with the step since which it is not."""
     if streak := int(state.streak):
         return f"there was no finite loss and gradient since step {int(state.step) - streak + 1}"
     return f"step {int(state.step)} left parameters or moments that are not finite"
 
 
 def _state(job: Job, out: Path, start: int, about: dict) -> tuple[TrainState, dict[str, float]]:
-    """What the run goes on with, or begins with, and its metrics' totals so far; OUT is cut back to that step."""
+    """The state that the run starts from, and the totals of its metrics so far; what OUT holds of later steps is set aside or removed."""
     run, world, mesh, cfg, device, compute = job
     if start:
         like = model.init(cfg, device="meta")
@@ -152,14 +152,17 @@ def _state(job: Job, out: Path, start: int, about: dict) -> tuple[TrainState, di
 def finetune(
     job: Job, state: TrainState, kept: Checkpoints, features: Mixture, room: Room
 ) -> tuple[TrainState, int | None]:
-    """The state after run.steps, or earlier where a log interval finds the run broken, or after the signal that is returned."""
+    """Train; returns the last state and the signal that stopped the run, None if none did.
+
+    A run also ends early if, when metrics are logged, STREAK steps in a row had no finite loss and gradient.
+    """
     run, world, mesh, cfg, device, compute = job
     make_step = lambda noise: train.make_train_step(
         cfg, _optimizer(run), mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
         remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
         donate=True, sync=run.sync, noise=noise,
     )  # fmt: skip
-    step, noisy_step = make_step(False), make_step(True)  # nothing is compiled before it is used
+    step, noisy_step = make_step(False), make_step(True)  # each is compiled only when it is first used
     steps = range(int(state.step), run.steps)
     how = Batching(
         run.batch,
@@ -211,7 +214,7 @@ def _optimizer(run: Settings) -> train.AdamW:
 
 
 def _exchanged(run: Settings, compute: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """What parameters are gathered in, and gradients summed in."""
+    """The dtypes in which parameters are gathered and gradients are summed."""
     return _dtype(run.param_dtype, compute), _dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: every op on a time line, and a table of them."""
+"""A profile of a few steps: every op on a time line, and a table of the ops."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,13 @@ from torch.profiler import profile, supported_activities
 from kernels.measure import hushed
 from lumina_fn.disk import files
 
-WARM_UP = 2  # steps before: what is compiled, and read for the first time
+WARM_UP = 2  # steps before the profile, in which code is compiled and files are read for the first time
 TRACE, TABLE = "trace.json", "ops.txt"
 LINES = 40  # of the table
 
 
 class Profile:
-    """Of `count` of a run's steps, all that PyTorch's profiler can see on this machine; written to `folder` once they are done.
+    """Profiles `count` steps of a run with PyTorch's profiler and writes the result to `folder` after them.
 
     Ops that Inductor has fused are named after what they compute (`graph_0_cpp_fused_...`).
     """
@@ -33,7 +33,7 @@ class Profile:
         return self
 
     def before(self, n: int) -> None:
-        """Step n comes next."""
+        """Call before step n: starts the profile at its first step, and writes it after its last."""
         if n == self.steps.start and self.steps:
             self.record = profile(activities=supported_activities(), record_shapes=True)
             with hushed():

@@ -1,4 +1,4 @@
-"""How a run goes on after it was ended: from which checkpoint, and whether as the same run."""
+"""How a run continues after it was ended: from which checkpoint, and whether its settings are the same."""
 
 import hashlib
 import json
@@ -27,18 +27,18 @@ from lumina_fn.state.manifest import CHECKPOINTS
 from lumina_fn.state.saved_state import Saving
 from lumina_fn.train import TrainState
 
-# Flags that decide what is computed, whatever computes it: strategy, remat and the like may change from one part of a run to the next.
+# Flags that decide what is computed. Flags that decide how, such as --strategy and --remat, may change when a run continues.
 MATHEMATICS = (
     "batch", "lr", "warmup", "schedule", "weight_decay", "clip", "z_weight", "caption_drop", "seed", "last", "dtype",
     "param_dtype", "reduce_dtype",
 )  # fmt: skip
-LATER = {"order": "shuffled", "pack": None}  # the same, with what they were for runs that are older than the flag
-FIRST = 3  # steps after which a run saves once, so that a disk that fails is found before hours are lost
+LATER = {"order": "shuffled", "pack": None}  # further such flags, with the value that runs had before the flag existed
+FIRST = 3  # a run also saves after this many steps, so that a failing disk is found before hours are lost
 
 
 @dataclass(frozen=True)
 class OfRun:
-    """What a checkpoint of finetune's says of its run, beside what only people read."""
+    """The part of a checkpoint's metadata that is checked when a run continues."""
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -47,7 +47,7 @@ class OfRun:
 
 
 class Checkpoints:
-    """Those of a run, written one at a time while it goes on."""
+    """The checkpoints of a run, written one at a time in the background."""
 
     def __init__(
         self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, world: World, about: Mapping[str, Any]
@@ -55,20 +55,20 @@ class Checkpoints:
         self.folder, self.every = folder, settings.save_every
         self.keep, self.keep_every = settings.keep, settings.keep_every
         self.steps, self.mesh, self.world, self.about = steps, mesh, world, about
-        self.totals: Mapping[str, float] = {}  # the metrics' sums so far, which the next checkpoint holds
-        self.last = steps.start  # the step that was saved last, or that the run went on from
+        self.totals: Mapping[str, float] = {}  # sums of the metrics so far, saved in the next checkpoint
+        self.last = steps.start  # the step that was saved last, or that the run started from
         self._barrier = world.background_barrier()
         self._saving: Saving | None = None
 
     def save_if_due(self, step: int, state: TrainState) -> None:
-        """Raises InputError, as `save` and `wait` do, where this checkpoint or the one before it could not be written."""
+        """Save this step if a checkpoint is due. Raises InputError, as `save` and `wait` do, if one could not be written."""
         if self._saving is not None and self._saving.failed():
             self.wait()
         if self.every and (step % self.every == 0 or step in (self.steps.start + FIRST, self.steps.stop)):
             self.save(step, state)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Once more, whatever `every` says, unless this step was saved; a state that is not good is not saved."""
+        """Start to save this step, unless it is saved already, no checkpoints are wanted (`every` is 0) or the state is not good."""
         self.wait()
         if step == self.last or not self.every or not is_good(state, self.world):
             return
@@ -79,27 +79,26 @@ class Checkpoints:
         self.last = step
 
     def wait(self) -> None:
-        """Until what is being written is."""
+        """Wait until the checkpoint that is being written is complete."""
         if self._saving is not None:
             self._saving.wait()
             self._saving = None
 
 
 def is_good(state: TrainState, world: World) -> bool:
-    """Whether the last step was taken, and left finite numbers on every rank. Every rank asks at the same place."""
+    """Whether the last step was taken and left finite numbers on every rank. Every rank must call this at the same place."""
     return int(state.streak) == 0 and world.total(not train.is_finite(state)) == 0
 
 
 def last_good(checkpoints: Path, state: TrainState) -> int | None:
-    """The last step that was saved and whose parameters then had a finite loss; None where there is none."""
-    taken = int(state.step) - int(
-        state.streak
-    )  # the last step with a finite loss, which is that of the parameters before it
+    """The last saved step whose parameters gave a finite loss in the step after it; None if there is none."""
+    # The last step with a finite loss, which is the loss of the parameters before that step.
+    taken = int(state.step) - int(state.streak)
     return max((step for step in manifest.steps(checkpoints) if step < taken), default=None)
 
 
 def starting_step(checkpoints: Path, resume: str) -> int:
-    """The step whose checkpoint a run goes on from, 0 where there is none. What a killed run left half-written is removed."""
+    """The step whose checkpoint a run continues from; 0 if there is none. Removes what a killed run left incomplete. Raises InputError."""
     manifest.tidy(checkpoints)
     saved = manifest.steps(checkpoints)
     if resume == "no" or (not saved and resume in ("auto", "last-good")):
@@ -128,11 +127,11 @@ def identity(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What must stay the same for a run to be the same run, and what tells how it was made, as JSON gives it back."""
+    """The settings that must stay the same when a run continues, and a record of how it was made, as values of JSON."""
     chosen = {name: getattr(settings, name) for name in MATHEMATICS}
     chosen |= {"dtype": str(compute), "param_dtype": str(param_dtype), "reduce_dtype": str(reduce_dtype)}
     if settings.schedule == "cosine":
-        chosen["steps"] = settings.steps  # where the rate ends at 0
+        chosen["steps"] = settings.steps  # the learning rate ends at 0 there
     chosen |= {name: getattr(settings, name) for name in LATER}
     sets = [
         (
@@ -143,7 +142,7 @@ def identity(
     ]
     about = {
         "settings": chosen,
-        "flags": {name: str(value) for name, value in asdict(settings).items()},  # all of them, for who reads it
+        "flags": {name: str(value) for name, value in asdict(settings).items()},  # all flags, for people who read it
         "model": asdict(cfg),
         "features": sets[0][0] if len(sets) == 1 else sets,
         "code": _revision(),
@@ -154,7 +153,7 @@ def identity(
 
 
 def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: Sequence[Path]) -> None:
-    """InputError that names what differs between a checkpoint's identity and a run's."""
+    """Raises InputError that names every difference between a checkpoint's identity and this run's."""
     try:
         of_run = reading.checked(OfRun, meta, out, "checkpoints of finetune's")
     except InputError as error:
@@ -174,7 +173,7 @@ def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: 
 
 
 def cut_back(out: Path, step: int, world: World) -> None:
-    """Take what a run said and saved after a step out of its way: metrics are cut, checkpoints set aside."""
+    """Remove the metrics after a step, and set later checkpoints aside."""
     for path in manifest.set_aside(out / CHECKPOINTS, step):
         world.say(f"note: a later checkpoint is set aside as {path}; remove it when it is not needed")
     path = out / METRICS
@@ -189,7 +188,7 @@ def cut_back(out: Path, step: int, world: World) -> None:
 
 
 def farewell(argv: Sequence[str], number: int, step: int, *, saved: bool, alone: bool) -> str:
-    """What is said of a run that a signal stopped after a step, with the command that goes on: that of the run, but for where it began."""
+    """The message of a run that a signal stopped, with the command that resumes it: `argv` without --resume and --overwrite."""
     name = signal.Signals(number).name
     if not saved:
         return f"stopped by {name} after step {step}; nothing was saved, as --save-every 0 asks for"
@@ -204,7 +203,7 @@ def farewell(argv: Sequence[str], number: int, step: int, *, saved: bool, alone:
 
 
 def _revision() -> str | None:
-    """The commit of the code that runs, where it lies in a repository."""
+    """The commit of the running code; None outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

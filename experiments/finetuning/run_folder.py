@@ -1,4 +1,4 @@
-"""OUT, the folder of a run: one process writes it at a time, and what is not a run's is never removed."""
+"""OUT, the folder of a run: one process writes it at a time, and only files of a run are removed."""
 
 import re
 from collections.abc import Iterator
@@ -14,13 +14,12 @@ KIND = "run"
 METRICS, MODEL, LAST_GOOD, PROFILE = "metrics.jsonl", "model", "last_good", "profile"
 FINISHED = "finished"  # holds the step whose parameters are in model/
 CONTENTS = {METRICS, CHECKPOINTS, ORIGIN, MODEL, LAST_GOOD, FINISHED, PROFILE}
-_FOLDERS = re.compile(
-    rf"({CHECKPOINTS}|{ORIGIN}|{MODEL}|{LAST_GOOD}|{PROFILE})/"
-)  # but for the first, each has its own mark
+# Each of them but the first has a mark of its own.
+_FOLDERS = re.compile(rf"({CHECKPOINTS}|{ORIGIN}|{MODEL}|{LAST_GOOD}|{PROFILE})/")
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path below OUT (a folder's ends with "/") is one that a run writes; its results' files are told by their marks."""
+    """Whether a run writes this path below OUT (a folder's path ends with "/"). Files in result folders are listed in their marks."""
     if path in (METRICS, FINISHED) or _FOLDERS.fullmatch(path) or files.is_unfinished(Path(path)):
         return True
     return path.startswith(f"{CHECKPOINTS}/") and manifest.is_ours(path.removeprefix(f"{CHECKPOINTS}/"))
@@ -28,7 +27,7 @@ def is_ours(path: str) -> bool:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """OUT is written by this process alone, while it lasts. Raises InputError that names the other one."""
+    """A context in which only this process writes OUT. Raises InputError that names another process that does."""
     with places.writable(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with locks.one_writer(out):
@@ -37,9 +36,9 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def held(out: Path, resume: str, overwrite: bool) -> Iterator[bool]:
-    """OUT, made and locked by this process; whether the run begins afresh there, else what an earlier one left stays."""
+    """A context in which OUT exists and is locked by this process; True if the run begins afresh in OUT, which is then emptied."""
     with locked(out):
-        afresh = check(out, resume, overwrite)  # under the lock: a run that ended just now saved something
+        afresh = check(out, resume, overwrite)  # with the lock: a run that has just ended may have saved something
         with places.writable(out):
             out.mkdir(exist_ok=True)
         with locks.held_folder(out):
@@ -54,7 +53,7 @@ def held(out: Path, resume: str, overwrite: bool) -> Iterator[bool]:
 
 
 def check(out: Path, resume: str, overwrite: bool) -> bool:
-    """Whether a run begins afresh there: InputError where OUT holds something else, or a run that this one would spoil."""
+    """Whether a run begins afresh in OUT. Raises InputError if OUT holds something else, or a run that this one would damage."""
     with places.writable(out):
         if not out.exists():
             if resume not in ("no", "auto"):
@@ -83,16 +82,17 @@ def check(out: Path, resume: str, overwrite: bool) -> bool:
                     f"{out} holds a model and no checkpoint to go on from: give a new place, or --overwrite to start afresh there"
                 )
         afresh = not saved and not any((out / CHECKPOINTS).glob("*.aside"))
-        if afresh and mark is None:  # nothing there says that it is a run's
+        if afresh and mark is None:  # without a mark, only files of a run may be there
             marks.check(out, KIND, is_ours)
         return afresh
 
 
 def finish(out: Path, step: int) -> None:
-    """Note that model/ holds the parameters after a step: one of an earlier step may be there when a run that goes on is killed."""
+    """Record that model/ holds the parameters after this step. A continued run that was killed may have left those of an earlier step."""
     files.write_atomic(out / FINISHED, f"{step}\n")
 
 
 def is_finished(out: Path, step: int) -> bool:
+    """Whether model/ holds the parameters after this step."""
     path = out / FINISHED
     return path.exists() and reading.text(path, 100, "the step of a finished run").strip() == str(step)

@@ -11,6 +11,8 @@ from lumina_fn.process.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """The flags of `lumina finetune`."""
+
     # data
     model: Annotated[
         Path,
@@ -19,57 +21,55 @@ class Settings:
     ]
     features: Annotated[
         tuple[Path, ...],
-        "a folder written by experiments.pretokenize; given again, a further one: all are read as one set, or, as DIR=0.7, "
-        "each as often as its weight says, without a common epoch",
+        "a folder written by experiments.pretokenize; may be given several times: all folders are read as one set, or, as DIR=0.7, "
+        "each gives its weight's share of the items, without a common epoch",
         REPEATED,
     ]
     caption_drop: Annotated[float, "probability that an item loses its caption, for guidance", Range(0, 1)] = 0.1
     order: Annotated[
         Literal["shuffled", "clustered"], "clustered: a batch's items are about equally long, which saves padding"
     ] = "shuffled"
-    last: Annotated[Literal["partial", "drop"], "what becomes of an epoch's last, smaller batch"] = "partial"
+    last: Annotated[Literal["partial", "drop"], "use or drop an epoch's last, smaller batch"] = "partial"
     pack: Annotated[
         int | None,
-        "tokens of a row that several samples share; the loss is the same (default: each has its own)",
+        "tokens of a row that holds several samples; the loss is the same (default: one sample per row)",
         Range(1, 1 << 20),
     ] = None
-    seed: Annotated[int, "of the order and the caption drop", SEED] = 0
+    seed: Annotated[int, "random seed of the order and of the caption drop", SEED] = 0
     # optimization
     steps: Annotated[
         int,
-        "how many",
+        "number of training steps",
         STEPS,
         Group("optimization", "--steps 2000 --batch 64 --micro-batch 2 --lr 1e-5 --schedule cosine"),
     ] = 5000
     batch: Annotated[int, "samples per step, over all processes", Range(1, 1 << 20)] = 8
     micro_batch: Annotated[
         int,
-        "samples (with --pack, rows) per forward and backward of a process; a step accumulates as many as its share needs",
+        "samples (with --pack, rows) per forward and backward of a process; a step accumulates as many micro batches as its share needs",
         Range(1, 1 << 16),
     ] = 1
     lr: Annotated[float, "peak learning rate", Range(0, 1, above=True)] = 2e-5
     warmup: Annotated[int, "steps of linear warm-up", Range(0, 10**9)] = 0
-    schedule: Annotated[Literal["constant", "cosine"], "of the learning rate after warm-up; cosine ends at 0"] = (
-        "constant"
-    )
-    weight_decay: Annotated[float, "of AdamW, on every parameter", WEIGHT_DECAY] = 1e-2
-    clip: Annotated[float, "global gradient norm", CLIP] = 1.0
+    schedule: Annotated[Literal["constant", "cosine"], "learning rate after warm-up; cosine ends at 0"] = "constant"
+    weight_decay: Annotated[float, "weight decay of AdamW, on every parameter", WEIGHT_DECAY] = 1e-2
+    clip: Annotated[float, "limit of the global gradient norm", CLIP] = 1.0
     z_weight: Annotated[float, "weight of the z-loss", Z_WEIGHT] = 1e-5
     # devices
     device: Annotated[
         str,
-        "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is there; each process takes its own",
+        "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available; each process takes its own",
         Group("devices", "--device npu --strategy fsdp --dtype bfloat16 --remat"),
     ] = "auto"
     env_check: EnvCheck = "error"
     dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16"], "of compute; auto: float32 on a CPU, else bfloat16"
+        Literal["auto", "float64", "float32", "bfloat16"], "precision of compute; auto: float32 on a CPU, else bfloat16"
     ] = "auto"
     strategy: Annotated[
         Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],
-        "of many processes. fsdp: parameters, gradients and optimizer in parts, gathered for each forward and backward; "
-        "sdp: gathered once for both; no: whole on every process; hybrid, hybrid_zero2: fsdp, sdp within --shard-size "
-        "processes, whole copies across",
+        "how processes share the model. fsdp: parameters, gradients and optimizer state are sharded, parameters are gathered for each "
+        "forward and backward; sdp: gathered once for both; no: a full copy on every process; hybrid, hybrid_zero2: fsdp, sdp within "
+        "--shard-size processes, full copies across",
     ] = "fsdp"
     shard_size: Annotated[
         int | None,
@@ -78,45 +78,45 @@ class Settings:
     ] = None
     param_dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16", "float16"],
-        "of parameters while they are gathered; auto: that of compute; float16 is refused, with the reason",
+        "precision of gathered parameters; auto: that of compute; float16 is refused, with the reason",
     ] = "auto"
     reduce_dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16", "float16"],
-        "of gradients while they are summed over processes; auto: float32, float64 where compute is; float16 is refused",
+        "precision of sums of gradients over processes; auto: float32, or float64 if compute is; float16 is refused",
     ] = "auto"
     forward_prefetch: Annotated[
-        bool, "gather the next block's parameters while one computes, on devices with streams"
+        bool, "gather the next block's parameters while the current one computes, on devices with streams"
     ] = False
-    backward_prefetch: Annotated[bool, "the same on the way back"] = False
+    backward_prefetch: Annotated[bool, "the same in the backward"] = False
     sync: Annotated[
         bool,
-        "sum gradients over processes after each micro batch; if not, once a step, with a whole model's gradients held",
+        "sum gradients over processes after each micro batch; if not, once a step, which keeps a whole model's gradients in memory",
     ] = True
     remat: Annotated[
         bool | None,
-        "keep only each block's input and compute the rest again in the backward (default: for a billion parameters and more)",
+        "keep only each block's input and recompute the rest in the backward (default: on from a billion parameters)",
     ] = None
     compile: Annotated[
         Literal["off", "blocks", "step"] | None,
-        "nothing, one block for all, or the whole step (default: blocks; on an NPU off, the only choice there)",
+        "compile nothing, one block that serves all layers, or the whole step (default: blocks; on an NPU off, the only choice there)",
     ] = None
     # checkpoints
     out: Annotated[
         Path,
-        "the run's folder; what a stopped run left there is continued",
+        "the run's folder; a stopped run in it is continued",
         Group("checkpoints", "--out runs/tuned --save-every 200 --keep 3 --resume last-good"),
     ]
     save_every: Annotated[
         int,
-        "steps between checkpoints, of which one is also written early and one at the end; 0: none",
+        "steps between checkpoints; one more is written early and one at the end; 0: no checkpoints",
         Range(0, 10**9),
     ] = 500
-    keep: Annotated[int, "checkpoints that are kept: the last ones", STEPS] = 2
-    keep_every: Annotated[int | None, "steps whose multiples' checkpoints are kept too", STEPS] = None
+    keep: Annotated[int, "number of last checkpoints to keep", STEPS] = 2
+    keep_every: Annotated[int | None, "also keep the checkpoints of steps that are multiples of this", STEPS] = None
     resume: Annotated[
         str,
-        "auto: from OUT's last checkpoint, if it has one; no; the step of a checkpoint; or last-good: the last whose files are "
-        "as they were written. Later checkpoints are then set aside",
+        "auto: continue from OUT's last checkpoint, if it has one; no: only start a new run; the step of a checkpoint; or last-good: "
+        "the last checkpoint whose files are undamaged. Later checkpoints are then set aside",
     ] = "auto"
     overwrite: Annotated[bool, "start afresh in an existing OUT"] = False
     # logging
@@ -125,12 +125,12 @@ class Settings:
     ] = 10
     profile: Annotated[
         int,
-        "steps whose time is taken apart, once it is warm: OUT/profile/trace.json (for chrome://tracing or Perfetto) and ops.txt, "
-        "of the first process; 0: none",
+        "number of steps to profile after warm-up, on the first process: OUT/profile/trace.json (for chrome://tracing or Perfetto) "
+        "and ops.txt; 0: none",
         Range(0, 1000),
     ] = 0
     noise_scale_every: Annotated[
         int,
-        "steps between measurements of the gradient noise scale, the batch beyond which more samples hardly help; 0: never",
+        "steps between measurements of the gradient noise scale, the batch size above which more samples hardly help; 0: never",
         Range(0, 10**9),
     ] = 0

@@ -1,12 +1,12 @@
 """One command on many processes.
 
 place         the rank of this process, read from the environment
-start         a command on its own, or on every rank, with a guard beside each
-guard         the process that removes what is left of a run when one of its processes dies
-rendezvous    torchrun's meeting point, bound to one address
+start         runs a command in one process, or on every rank with a guard process beside it
+guard         the process beside a rank that ends it when another process of the run dies
+rendezvous    a rendezvous backend of torchrun that listens at one address
 addresses     this host's addresses
-distributed   how ranks meet, and what they share
-abort         how a rank ends together with all others
-stopping      how a run stops after a step, on all ranks at once
+distributed   how ranks connect, and the collectives that they use
+abort         ends a rank at once, together with all others
+stopping      stops a run after a step, the same one on all ranks
 processes     a process group on this machine, for notebooks, tests and benchmarks
 """

@@ -7,14 +7,15 @@ import socket
 import struct
 from contextlib import suppress
 
-LOOPBACK = "127.0.0.1"  # where ranks of one machine listen: no network reaches it
+LOOPBACK = "127.0.0.1"  # ranks of one machine listen here: it cannot be reached over a network
 _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 
 def own_address(launcher: str, many_hosts: bool) -> str:
-    """This host's address on the network that leads to the launcher; gloo is told to use it too, unless the user has told it.
+    """This host's address on the network that leads to the launcher. Sets GLOO_SOCKET_IFNAME to its interface, unless it is set.
 
-    Left alone it takes whatever the host's name stands for.
+    Without that variable gloo takes the address that the host's name resolves to. Raises RuntimeError if there are many hosts and the
+    address is a loopback address.
     """
     interfaces = _interfaces()
     told = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -23,7 +24,7 @@ def own_address(launcher: str, many_hosts: bool) -> str:
     found = socket.getaddrinfo(launcher, 1, type=socket.SOCK_DGRAM)
     family, kind, _, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     with socket.socket(family, kind) as probe:
-        probe.connect(where)  # sends nothing
+        probe.connect(where)  # sends nothing: the socket is UDP
         own = probe.getsockname()[0]
     if many_hosts and ipaddress.ip_address(own).is_loopback:
         raise RuntimeError(f"{launcher} means {own} on this host, where others do not find it; set GLOO_SOCKET_IFNAME")
@@ -37,22 +38,24 @@ def _interfaces() -> dict[str, str]:
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has none
+            with suppress(OSError):  # this interface has no IPv4 address
                 answer = fcntl.ioctl(any_socket, _GET_ADDRESS, struct.pack("256s", name.encode()))
                 addresses[name] = socket.inet_ntoa(answer[20:24])
     return addresses
 
 
 def listening(host: str, port: int, many_hosts: bool) -> socket.socket:
-    """A socket that listens at the launcher's address on this host, and at no other; on one machine, on the loopback.
+    """A socket that listens only at the launcher's address on this host; on one machine, only at the loopback address.
 
-    OSError where the address is another machine's or the port is taken, RuntimeError where other hosts do not find the address.
+    Raises OSError if the address belongs to another machine or the port is taken, RuntimeError if other hosts cannot reach the address.
     """
     address = LOOPBACK
     if many_hosts:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         address = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
-        if ipaddress.ip_address(address).is_loopback:  # a host's own name may mean that on itself, and not elsewhere
+        if ipaddress.ip_address(
+            address
+        ).is_loopback:  # on its own host, a host's name may resolve to a loopback address
             address = own_address(host, many_hosts)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family)

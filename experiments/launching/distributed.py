@@ -1,7 +1,7 @@
-"""One command on many processes: who they are, how they meet, and what they share.
+"""One command on many processes: how ranks connect, and the collectives that they use.
 
-torchrun starts a process for each device, a rank, and tells it its place in the environment. Ranks meet through the launcher's
-key-value store. It outlives ranks that are started again, so what belongs to one attempt is kept under a token of its own.
+torchrun starts one process for each device, a rank, and gives it its numbers in environment variables. Ranks meet through the
+launcher's key-value store. The store outlives ranks that are started again, so the keys of each attempt have a prefix of their own.
 """
 
 import io
@@ -29,10 +29,10 @@ from lumina_fn.errors import InputError
 from lumina_fn.process import out_of_memory
 from lumina_fn.sharding import Mesh
 
-CONNECT = timedelta(seconds=15)  # to the launcher's store, which is there before its ranks are
-MEET = timedelta(minutes=5)  # from the first rank to the last one: imports over a network disk
-COMPUTE = timedelta(hours=1)  # from the first rank to the last one in a collective: it may be compiling
-FOREVER = timedelta(days=365)  # while rank 0 writes a model, say
+CONNECT = timedelta(seconds=15)  # limit for reaching the launcher's store, which exists before its ranks start
+MEET = timedelta(minutes=5)  # limit from the first rank to the last one: imports from a network disk take long
+COMPUTE = timedelta(hours=1)  # limit from the first rank to the last one in a collective: a rank may be compiling
+FOREVER = timedelta(days=365)  # no limit, for example while rank 0 writes a model
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,23 @@ class World:
     size: int = 1
     local_rank: int = 0  # on this host
     local_size: int = 1
-    launch: dist.Store | None = None  # what earlier attempts of this launch left is still there
-    attempt: dist.Store | None = None
-    control: dist.ProcessGroupGloo | None = None  # on the CPU, whatever device computes
+    launch: dist.Store | None = None  # holds the keys of all attempts of this launch
+    attempt: dist.Store | None = None  # holds the keys of this attempt
+    control: dist.ProcessGroupGloo | None = None  # collectives on the CPU, whichever device computes
     ending: Ending | None = None
 
     def say(self, text: str) -> None:
-        """A line on the terminal, once."""
+        """Print a line on stderr, on rank 0 only."""
         if self.rank == 0:
             print(errors.printable(text), file=sys.stderr)
 
     def barrier(self) -> None:
-        """Wait for all ranks; one that fails instead ends them all."""
+        """Wait until every rank has called this; a rank that fails before ends all ranks."""
         if self.control is not None:
             self.control.barrier().wait()
 
     def background_barrier(self) -> Callable[[], None]:
-        """A `barrier` for threads of their own, which says nothing to the others'. Every rank asks for it at the same place."""
+        """A barrier for a background thread, separate from `barrier`. Every rank must call this method at the same place."""
         if self.size == 1:
             return lambda: None
         store = dist.PrefixStore("background", self.attempt)
@@ -67,29 +67,32 @@ class World:
         return lambda: group.barrier().wait()
 
     def stopping(self) -> AbstractContextManager[Stop]:
-        """While it lasts, who asks this run to stop gets an end after a step instead of one at once."""
+        """A context in which SIGTERM and SIGINT stop the run after a step instead of at once."""
         if self.ending is None:
             return stopping.alone()
         return stopping.together(self.rank, self.size, self.attempt, self.ending)
 
     def total(self, n: int) -> int:
-        """The sum over ranks."""
+        """The sum of n over all ranks."""
         sum_ = torch.tensor([n])
         if self.control is not None:
             self.control.allreduce([sum_]).wait()
         return int(sum_)
 
     def remember(self, fact: str) -> None:
-        """Keep this in mind until the launcher ends, for ranks that it starts again."""
+        """Store a fact until the launcher ends, for ranks that it starts again."""
         if self.launch is not None:
             self.launch.set(fact, "")
 
     def remembers(self, fact: str) -> bool:
-        """Whether any rank of this launch was told so."""
+        """Whether any rank of this launch has stored the fact."""
         return self.launch is not None and self.launch.check([fact])
 
     def device(self, name: str) -> torch.device:
-        """The device of that kind which is this rank's own; `auto` is an NPU if there is one, else a GPU, else the CPU."""
+        """This rank's own device of that kind; `auto` is an NPU if there is one, else a GPU, else the CPU.
+
+        Raises InputError if it is not available, and for a numbered device if there are several ranks.
+        """
         if self.size == 1:
             return devices.device(name)
         kind = devices.kind(name) if name == "auto" else name
@@ -112,7 +115,7 @@ def run(main: Callable[..., int | None]) -> None:
 
 
 def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> int:
-    """Run main(None, world) on this rank; its exit code, if no rank failed."""
+    """Run main(None, world) on this rank; returns its exit code. If a rank fails, the process exits instead."""
     ending = Ending(f"rank {here.rank} of {here.size}", here.local_rank, own)
     watch_launcher(ending)
     world, done = _join(here, ending)
@@ -123,14 +126,16 @@ def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> 
     except SystemExit as asked:  # --help
         code = asked.code
     except InputError as error:
-        if refused := out_of_memory.line(error):  # of which something was made, as in `errors.run`
+        if refused := out_of_memory.line(
+            error
+        ):  # the InputError was raised from a failed allocation, as in `entry.run`
             ending(1, errors.printable(refused))
         ending(2, errors.printable(error))
     except Exception as error:
         if refused := out_of_memory.line(error):
             ending(1, errors.printable(refused))
         failure = traceback.format_exc()
-        time.sleep(ECHO)  # a collective fails where another rank is lost: then `watch_neighbour` says so
+        time.sleep(ECHO)  # a collective also fails if another rank dies: `watch_neighbour` then reports that first
         ending(1, f"failed\n{failure}")
     done()
     if dist.is_initialized():
@@ -139,13 +144,13 @@ def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> 
 
 
 def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
-    """This rank's world, and what to call when all ranks are done."""
+    """This rank's world, and the function to call when this rank has finished."""
     try:
         store = _store(here, ending)
         store.set_timeout(MEET)
         launch = dist.PrefixStore("lumina", store)
         attempt = dist.PrefixStore(_meet(launch, here.rank, here.size), launch)
-        ending.store = attempt.clone()  # a connection of its own: the other may be waiting
+        ending.store = attempt.clone()  # a second connection: the first one may be blocked in a call
         world = World(here.rank, here.size, here.local_rank, here.local_size, launch, attempt, ending=ending)
         if here.size == 1:
             return world, ending.guard.done
@@ -159,15 +164,15 @@ def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
 
 
 def _store(here: Place, ending: Ending) -> dist.Store:
-    """Where all ranks of a launch meet.
+    """The key-value store through which all ranks of a launch meet.
 
-    On one machine under torchrun that is a file of this user's alone: torchrun's own store listens on all addresses, and whoever
-    reaches it reads and writes it. Over several machines it is the launcher's store, else one that rank 0 holds, which listens at
-    MASTER_ADDR alone.
+    On one machine under torchrun it is a file that only this user can access: torchrun's own store listens on all addresses, and
+    anyone who reaches it can read and write it. On several machines it is the launcher's store if there is one, else a store of
+    rank 0 that listens only at MASTER_ADDR.
     """
     if ending.guard.folder is not None:
         path = ending.guard.folder / guard.STORE
-        path.touch()  # an error where the folder is gone: FileStore waits for it, and holds up all threads of this process
+        path.touch()  # raises if the folder is gone; FileStore would wait for it and block all threads of this process
         return dist.FileStore(str(path), -1)
     if here.size == 1:
         return dist.HashStore()
@@ -186,7 +191,7 @@ def _store(here: Place, ending: Ending) -> dist.Store:
 
 
 def _reach(host: str, port: int, timeout: timedelta) -> None:
-    """Wait until somebody listens there. PyTorch itself would say a line for each attempt."""
+    """Wait until a process listens there. PyTorch itself would print a line for each attempt."""
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
@@ -198,9 +203,9 @@ def _reach(host: str, port: int, timeout: timedelta) -> None:
 
 
 def _meet(launch: dist.Store, rank: int, size: int) -> str:
-    """A token that all ranks of this attempt hold, and none of an earlier one.
+    """A random token that is the same for all ranks of this attempt, and different from that of every earlier attempt.
 
-    What a rank reads in the launcher's store may come from an earlier attempt, unless it answers what this rank has just made up.
+    A value in the launcher's store may come from an earlier attempt, unless it is stored under a random key that this rank has just made.
     """
     own, deadline = secrets.token_hex(8), time.monotonic() + MEET.total_seconds()
     if rank != 0:
@@ -220,7 +225,7 @@ def _meet(launch: dist.Store, rank: int, size: int) -> str:
 
 
 class Sharing(NamedTuple):
-    """How ranks share parameters: lumina_fn.sharding.Mesh says what each field means."""
+    """How ranks share parameters; lumina_fn.sharding.Mesh documents the fields."""
 
     strategy: str
     param_dtype: torch.dtype
@@ -231,7 +236,10 @@ class Sharing(NamedTuple):
 
 
 def mesh(world: World, device: torch.device, sharing: Sharing) -> Mesh | None:
-    """Who shares what; None for a process on its own. hybrid strategies shard within a host, or groups of shard_size ranks."""
+    """The mesh over all ranks; None for a process on its own. Hybrid strategies shard within a host, or within groups of shard_size ranks.
+
+    Raises InputError if shard_size does not divide the number of ranks.
+    """
     if world.size == 1:
         return None
     shard_size = sharing.shard_size or world.local_size

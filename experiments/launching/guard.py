@@ -1,8 +1,8 @@
-"""A process beside each rank, which leaves nothing of a run behind where one of its processes died.
+"""A guard process beside each rank: it ends the rank when another process of the run dies, so that none is left running.
 
-A rank ends by itself when its launcher or a neighbour is gone, unless it is stopped (SIGSTOP) or hangs: its guard wakes it with
-SIGCONT, and ten seconds later kills it. This is a script of its own on Python's library alone: it is there in milliseconds,
-before its rank imports PyTorch, and shares no lock with it.
+A rank ends by itself when its launcher or a neighbour dies, unless it is stopped (SIGSTOP) or hangs. Then its guard wakes it with
+SIGCONT, and kills it ten seconds later. The guard is a separate script that imports Python's standard library only: it runs within
+milliseconds, before its rank imports PyTorch, and shares no lock with it.
 """
 
 import ctypes
@@ -17,37 +17,39 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-LOOK = 1.0  # seconds from one look to the next
-GRACE = 10  # looks at a rank that should end, after which it is killed. Looks, not time: a guard may be stopped as well
-TOUCH = 3600  # looks from one touch of the store to the next: who cleans /tmp removes what is untouched for days
-NEIGHBOUR, DONE = b"n", b"d"  # what a rank tells: here is the connection to my neighbour; I have nothing more to do
-# Files in a launch's folder: the guard that waits for its launcher, and what ranks share.
+LOOK = 1.0  # seconds between two checks
+GRACE = (
+    10  # checks after which a rank that should end is killed; counted, not timed, since a guard may be stopped as well
+)
+TOUCH = 3600  # checks between two touches of the store: cleaners of /tmp remove files that were not touched for days
+NEIGHBOUR, DONE = b"n", b"d"  # a rank's messages: the connection to its neighbour; that it has finished
+# Files in a launch's folder: the id of the guard that waits for the launcher, and the ranks' store.
 KEEPER, STORE = "keeper", "store"
 _SET_DEATH_SIGNAL = 1  # Linux's PR_SET_PDEATHSIG
 
-Process = tuple[int, int]  # its id, and when it started: an id may come again
+Process = tuple[int, int]  # its id and its start time, since an id may be used again
 
 
 def wake_with_parent() -> None:
-    """When the parent dies the kernel wakes this process if it is stopped; to a running one SIGCONT does nothing."""
+    """Have the kernel send SIGCONT when the parent dies: it wakes this process if it is stopped, else it has no effect."""
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGCONT, 0, 0, 0)
 
 
 def _stat(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the third one on: state, parent, ...; none where there is no such process."""
+    """The fields of /proc/PID/stat from the third one on: state, parent, ...; empty if there is no such process."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return []
 
 
 def identify(pid: int) -> Process | None:
-    """A process that has not ended."""
+    """The id and start time of a process; None if it has ended."""
     fields = _stat(pid)
     return (pid, int(fields[19])) if fields and fields[0] not in (b"Z", b"X") else None
 
 
 def is_gone(process: Process) -> bool:
-    """Whether a process has ended; one that cannot be looked at now, where files are at their limit, has not."""
+    """Whether a process has ended; False if that cannot be read, for example at the limit of open files."""
     try:
         return identify(process[0]) != process
     except OSError:
@@ -55,17 +57,17 @@ def is_gone(process: Process) -> bool:
 
 
 def launcher_above(parent: int, variable: str) -> Process | None:
-    """torchrun: the nearest process from this one upwards that was started without the variable; a wrapper's shell may be below it.
+    """The torchrun above `parent`: the nearest ancestor that was started without the variable. A wrapper's shell may be between them.
 
-    None where that one does not run Python, as torchrun does: then the launcher has died and somebody else adopted its children.
+    None if that ancestor does not run Python: then torchrun has died, and another process has adopted its children.
     """
     pid = parent
     while _has(pid, variable):
         fields = _stat(pid)
         pid = int(fields[1]) if fields else 0
-    if pid == 0:  # a variable of the whole machine
+    if pid == 0:  # all ancestors have the variable: it is set for the whole machine
         return identify(parent)
-    with suppress(OSError):  # another user's
+    with suppress(OSError):  # a process of another user cannot be read
         if "python" not in Path(f"/proc/{pid}/exe").readlink().name:
             return None
     return identify(pid)
@@ -80,7 +82,7 @@ def _has(pid: int, variable: str) -> bool:
 
 
 def wake(launcher: Process) -> None:
-    """Wake a launcher and all that it started, so that they notice who died."""
+    """Send SIGCONT to a launcher and all its descendants, so that they notice which process died."""
     parents = {int(path.name): _stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
     family, found = set(), {launcher[0]}
     while found:
@@ -93,7 +95,7 @@ def wake(launcher: Process) -> None:
 
 
 def _is_lost(neighbour: socket.socket) -> bool:
-    """Whether a connection that can be read was closed without a word. What is there to read is left for the rank."""
+    """Whether a readable connection was closed without a message. A message stays in it for the rank to read."""
     try:
         return not neighbour.recv(1, socket.MSG_PEEK)
     except OSError:
@@ -101,7 +103,7 @@ def _is_lost(neighbour: socket.socket) -> bool:
 
 
 def guard(rank: int, launcher: Process | None, channel: socket.socket, folder: Path | None) -> bool:
-    """Watch over a rank, this process's parent, until it is gone; whether it was done then."""
+    """Watch a rank, this process's parent, until it ends; returns whether it had finished."""
     sources, neighbour = [channel], None
     lost, done, late, looks = False, False, 0, 0
     while os.getppid() == rank:
@@ -129,16 +131,16 @@ def guard(rank: int, launcher: Process | None, channel: socket.socket, folder: P
 
 
 def hold(folder: Path) -> int:
-    """While this process lives, or until the descriptor is closed, nobody removes the folder."""
+    """A descriptor with a shared lock: until it is closed or this process ends, `tidy` does not remove the folder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
 def tidy(folder: Path, launcher: Process) -> None:
-    """Remove a launch's folder if the launcher is gone and no rank holds it any more: the last rank's guard finds it so.
+    """Remove a launch's folder once the launcher is gone and no rank holds the folder, which the last rank's guard finds.
 
-    A launcher that is there may start ranks again. The first rank's guard waits for it, until another attempt's does.
+    A living launcher may start ranks again: the first rank's guard waits for its end, unless a guard of a later attempt takes over.
     """
     with suppress(OSError):  # another guard removed it
         while not is_gone(launcher) and _keeps(folder):
@@ -147,7 +149,7 @@ def tidy(folder: Path, launcher: Process) -> None:
         return
     with suppress(OSError):  # another guard was first
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        for _ in range(10):  # a rank's files may be closed a moment after its end is seen
+        for _ in range(10):  # a rank's files may be closed shortly after the rank has ended
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return shutil.rmtree(folder)
@@ -155,13 +157,14 @@ def tidy(folder: Path, launcher: Process) -> None:
 
 
 def _keeps(folder: Path) -> bool:
-    """Whether this guard is the one that waits. The first rank may have ended before it had one: then whichever looks first is."""
+    """Whether this guard is the one that waits for the launcher: the one of the first rank, or the first to check if that one never ran."""
     with suppress(FileExistsError), (folder / KEEPER).open("x") as file:
         file.write(str(os.getpid()))
     return (folder / KEEPER).read_text() == str(os.getpid())
 
 
 def main() -> None:
+    """Guard a rank until it ends, then clean up; `start.Guard` passes the arguments."""
     wake_with_parent()
     rank, descriptor, folder, keeps, *launcher = sys.argv[1:]
     launcher = (int(launcher[0]), int(launcher[1])) if launcher else None

@@ -1,4 +1,4 @@
-"""Which rank of a run this process is, as its launcher says in the environment. Without PyTorch: a mistake is said at once."""
+"""The rank of this process, read from the environment that its launcher sets. PyTorch is not imported, so mistakes are reported at once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ class Place:
 
     @property
     def one_host(self) -> bool:
+        """Whether all ranks run on this host."""
         return self.size == self.local_size
 
 
 def find(environ: Mapping[str, str]) -> Place | None:
-    """This process's place; None for a process on its own. What contradicts itself raises InputError.
+    """This process's place; None for a process on its own. Raises InputError for variables that are incomplete or contradict each other.
 
-    RANK=0 and WORLD_SIZE=1 without the two of the host are a process on its own too: a container's leftovers.
+    RANK=0 and WORLD_SIZE=1 without LOCAL_RANK and LOCAL_WORLD_SIZE also mean a process on its own: some containers set them.
     """
     given = [name for name in NAMES if name in environ]
     if not set(given) & {"RANK", *OF_HOST} and environ.get("WORLD_SIZE", "1") == "1":
@@ -66,7 +67,7 @@ def find(environ: Mapping[str, str]) -> Place | None:
 
 
 def _number(environ: Mapping[str, str], name: str, least: int, most: int) -> int:
-    """The number that a variable holds, which is within these bounds."""
+    """The number in a variable. Raises InputError if it is not within the bounds."""
     text = environ.get(name, "")
     if text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most:
         return int(text)

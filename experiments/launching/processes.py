@@ -1,4 +1,4 @@
-"""A gloo group of fresh processes on this machine, and how much memory one of them takes."""
+"""A gloo group of new processes on this machine, and the memory that a process takes."""
 
 import ctypes
 import gc
@@ -16,7 +16,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def run(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """fn(rank, size, *args) in `size` new processes, one thread each; what every rank returns, in order."""
+    """fn(rank, size, *args) in `size` new processes of one thread each; returns the ranks' results in order."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (size, folder, fn, args), nprocs=size)
         return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(size)]
@@ -31,19 +31,19 @@ def _rank(rank: int, size: int, folder: str, fn: Callable[..., Any], args: tuple
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Bytes of physical memory that this process takes now."""
     return _status("VmRSS")
 
 
 def reset_peak() -> None:
-    """Start a new peak, after freed memory is given back: what was loaded or compiled before does not count."""
+    """Return freed memory to the system and restart `peak`, so that earlier allocations do not count."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5")
 
 
 def peak() -> int:
-    """The most bytes in memory at once since `reset_peak`."""
+    """The largest number of bytes in physical memory since `reset_peak`."""
     return _status("VmHWM")
 
 

@@ -1,8 +1,8 @@
-"""torchrun's meeting of machines over a store that listens at one address: `torchrun --rdzv_backend lumina`.
+"""A rendezvous backend of torchrun whose store listens at one address: `torchrun --rdzv_backend lumina`.
 
-The store of torchrun's own backends, static and c10d, listens on all addresses of a machine, without a password: whoever reaches
-it may stop a run. This one is static's over a socket that is bound to the endpoint's address; on one machine, to the loopback.
-torchrun finds it by an entry point of pyproject.toml.
+The store of torchrun's own backends, static and c10d, listens on all addresses of a machine, without a password: anyone who reaches
+it can stop a run. This backend is the static one with a socket that is bound to the endpoint's address, or on one machine to the
+loopback address. torchrun finds it through an entry point in pyproject.toml.
 """
 
 import socket
@@ -24,23 +24,23 @@ from experiments.launching.place import MOST_PORTS
 from lumina_fn import errors
 from lumina_fn.errors import InputError
 
-BACKEND = "lumina"  # of pyproject.toml's entry point
-_TIMEOUT = 600  # seconds in which all machines come, unless torchrun was told another number
+BACKEND = "lumina"  # the name of the entry point in pyproject.toml
+_TIMEOUT = 600  # seconds in which all machines must join, unless --rdzv_conf sets `timeout`
 
 
 class _Bound(StaticTCPRendezvous):
-    """Static, with the first machine's store over a socket that listens already."""
+    """torchrun's static rendezvous; the first machine's store uses a socket that already listens."""
 
     def __init__(self, listener: socket.socket | None, *about: str | int):
         super().__init__(*about)
         self._listener = listener
 
     def get_backend(self) -> str:
-        """The name that torchrun knows this by."""
+        """The backend's name in torchrun."""
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Before ranks are started, for the first time or again."""
+        """The store and this machine's rank; torchrun calls it before it starts ranks, for the first time or again."""
         if self._store is None:
             descriptor = None if self._listener is None else self._listener.detach()
             self._store = TCPStore(
@@ -52,12 +52,12 @@ class _Bound(StaticTCPRendezvous):
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun calls for this backend."""
+    """The function by which torchrun creates this backend."""
     return _create
 
 
 def _create(told: RendezvousParameters) -> RendezvousHandler:
-    """This machine's part of the meeting. A mistake ends torchrun: one line, exit 2."""
+    """The rendezvous of this machine. Wrong flags end torchrun with one line and exit code 2."""
     try:
         return _bound(told)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""A command on its own, or on every rank that a launcher starts: told apart, and guarded, before PyTorch is imported."""
+"""Run a command in one process, or on every rank that a launcher starts. The guard of a rank starts before PyTorch is imported."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ from lumina_fn.process import entry, startup
 
 
 class Guard:
-    """A rank's hold on its guard, and what both know of the launcher."""
+    """A rank's guard process, the channel to it, and what both know of the launcher."""
 
     def __init__(self, here: Place):
         self.torchrun = here.torchrun
         self.launcher = guard.launcher_above(LAUNCHER, place.RUN_ID) if here.torchrun else None
-        # The store of a launch on one machine. Over several ranks meet in torchrun's.
+        # The folder of the store of a launch on one machine. On several machines ranks use torchrun's store.
         self.folder = None
         if self.launcher is not None and here.one_host:
             self.folder = _folder(self.launcher, here)
@@ -41,18 +41,18 @@ class Guard:
         channel.close()
 
     def launcher_is_gone(self) -> bool:
-        """Only torchrun waits for its ranks: a process that others started lives on without them."""
+        """Whether torchrun, which started this rank, has ended. False for other launchers, which may end before their ranks."""
         if not self.torchrun:
             return False
         return os.getppid() != LAUNCHER or self.launcher is None or guard.is_gone(self.launcher)
 
     def watch(self, neighbour: socket.socket) -> None:
-        """Have this rank end once that connection is closed, unless it is `done` first."""
-        with suppress(OSError):  # there is no guard any more: who killed it may
+        """Have the guard end this rank once that connection is closed, unless the rank calls `done` first."""
+        with suppress(OSError):  # the guard was killed; the rank continues without it
             socket.send_fds(self._channel, [guard.NEIGHBOUR], [neighbour.fileno()])
 
     def done(self) -> None:
-        """This rank ends now, and so do all others."""
+        """Tell the guard that this rank and all others end normally."""
         with suppress(OSError):
             self._channel.send(guard.DONE)
 
@@ -60,7 +60,7 @@ class Guard:
 def run(main: Callable[..., int | None]) -> None:
     """Run main(None, world) on every rank that a launcher started, or main(None) in a process on its own, and exit.
 
-    Exit codes are those of `errors.run`. A rank that fails ends all others; why is printed once, with its rank.
+    Exit codes are those of `entry.run`. A rank that fails ends all others; the reason is printed once, with the rank.
     """
     entry.run(lambda argv: _run(main, argv))
 
@@ -69,7 +69,7 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
     here = place.find(os.environ)
     if here is None:
         return main(argv)
-    # Where a rank may be stopped while PyTorch is imported, its guard is there already.
+    # The guard starts first, since a rank may be stopped (SIGSTOP) while it imports PyTorch.
     own = Guard(here)
     with startup.importing():
         from experiments.launching import distributed
@@ -78,12 +78,12 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
 
 
 def _folder(launcher: guard.Process, here: Place) -> Path:
-    """A folder that only this user's processes reach, the same for all ranks of a launch and for no other launch."""
+    """A folder that only this user can access: the same for all ranks of a launch, and another for each launch. Raises InputError."""
     boot, space = Path("/proc/sys/kernel/random/boot_id").read_text(), Path("/proc/self/ns/pid").readlink()
     what = (boot, space, launcher, os.environ[place.RUN_ID], here.address, here.port)
     folder = Path(tempfile.gettempdir(), f"lumina-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}")
     try:
-        with suppress(FileExistsError):  # another rank's, or one's before this was started again
+        with suppress(FileExistsError):  # made by another rank, or by an earlier attempt
             folder.mkdir(mode=0o700)
         found = folder.lstat()
     except OSError as error:

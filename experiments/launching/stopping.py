@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends after a step, with its state saved: every rank after the same one."""
+"""Graceful stop: after SIGTERM or SIGINT all ranks end after the same step, and the run saves its state."""
 
 import signal
 import threading
@@ -8,31 +8,33 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from experiments.launching.abort import ECHO, Ending
+from experiments.launching.abort import ECHO, STOP, Ending
 
-ASKED = (signal.SIGTERM, signal.SIGINT)
-_WORDS = {str(int(number)).encode(): number for number in ASKED}  # what a rank says; a stranger's words are no signal
-MOST_DIGITS = 12  # of the number of a step
-POLL = 0.5  # seconds between looks at whether another rank was asked
+ASKED = (signal.SIGTERM, signal.SIGINT)  # of a process on its own; a rank's are abort.STOP, which torchrun passes on
+_WORDS = {
+    str(int(number)).encode(): number for number in STOP
+}  # values of the store's key `stop`; any other value is ignored
+MOST_DIGITS = 12  # of a step's number in the store
+POLL = 0.5  # seconds between checks of whether a stop was requested on another rank
 
 
 class Stop:
-    """Whether the run was asked to stop, and after which step it does.
+    """Whether a stop was requested, and the last step that the run takes.
 
-    Ranks are not in step with each other, and one that waits in a collective for another needs it to go on: once asked, each says
-    which step it is in, and the last of those is the last for all.
+    Ranks may be in different steps, and a rank that waits in a collective needs the others to reach it. After a request each rank
+    therefore writes the number of its current step, and the largest of these is the last step of all ranks.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, store: dist.Store | None = None, fail: Callable[[str], object] | None = None
     ):
-        self.number: int | None = None  # of the signal
+        self.number: int | None = None  # of the signal that requested a stop
         self._rank, self._size, self._store, self._fail = rank, size, store, fail
         self._begun, self._last = 0, 0
         self._lock, self._agreed = threading.Lock(), threading.Event()
 
     def before(self, step: int) -> bool:
-        """Whether this step is not to be taken any more; called before each."""
+        """Whether the run ends before this step; called before every step."""
         with self._lock:
             if self.number is None:
                 self._begun = step
@@ -41,7 +43,7 @@ class Stop:
         return step > self._last
 
     def ask(self, number: int) -> None:
-        """Called for the first signal, on whatever rank it arrives. Does not wait."""
+        """Request a stop: called for the first signal, on the rank that receives it. Does not block."""
         if self._store is not None:
             try:
                 self._store.set("stop", str(int(number)))
@@ -52,7 +54,7 @@ class Stop:
         self._agreed.set()
 
     def listen(self, over: threading.Event) -> None:
-        """Take part in the agreement of all ranks once one of them is asked, until the event comes."""
+        """Wait until a stop is requested on any rank, then agree with all ranks on the last step; returns once `over` is set."""
         try:
             while (number := _WORDS.get(self._word("stop"))) is None:
                 if over.wait(POLL):
@@ -67,11 +69,11 @@ class Stop:
                 self._give_up(error)
 
     def _word(self, key: str) -> bytes:
-        """What the store has under this key, or nothing."""
+        """The value of this key in the store; empty if there is none."""
         return self._store.get(key) if self._store.check([key]) else b""
 
     def _step_of(self, rank: int) -> int:
-        """The step that a rank is in, once it has said so."""
+        """The current step of a rank; waits until that rank has written it."""
         deadline = time.monotonic() + self._store.timeout.total_seconds()
         while not (word := self._word(f"in step {rank}")).isdigit() or len(word) > MOST_DIGITS:
             if time.monotonic() > deadline:
@@ -80,14 +82,14 @@ class Stop:
         return int(word)
 
     def _give_up(self, error: RuntimeError) -> None:
-        """Nobody would ever say which step is the last, for which `before` waits."""
-        time.sleep(ECHO)  # where the launcher or a rank is lost, who watches it says so
+        """End the run: without an agreement `before` would wait forever."""
+        time.sleep(ECHO)  # if the launcher or a rank has died, its watcher reports that first
         self._fail(f"the ranks cannot agree where to stop: {str(error).splitlines()[0]}")
 
 
 @contextmanager
 def alone() -> Iterator[Stop]:
-    """In a process on its own: the first SIGTERM or SIGINT asks, the second one ends it at once."""
+    """The Stop of a process on its own: the first SIGTERM or SIGINT requests a stop, the second one ends the process at once."""
     stop = Stop()
 
     def asked(number: int, _) -> None:
@@ -104,7 +106,7 @@ def alone() -> Iterator[Stop]:
 
 @contextmanager
 def together(rank: int, size: int, store: dist.Store, ending: Ending) -> Iterator[Stop]:
-    """On one of many ranks, whose signals its `Ending` sees."""
+    """The Stop of one rank of many; its `Ending` receives the signals."""
     stop, over = Stop(rank, size, store.clone(), lambda why: ending(1, why)), threading.Event()
     listener = threading.Thread(target=stop.listen, args=(over,), daemon=True)
     listener.start()

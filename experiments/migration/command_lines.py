@@ -1,4 +1,4 @@
-"""The values that the MindSpeed-MM guide's files give, as commands."""
+"""Commands of this project, made from the values in the MindSpeed-MM guide's files."""
 
 import math
 import os
@@ -16,16 +16,21 @@ _ADDRESS = re.compile("[A-Za-z0-9][A-Za-z0-9.:_-]*")
 
 
 class Command(NamedTuple):
+    """A command of commands.sh, with what it does and its environment variables."""
+
     what: str
     environment: dict[str, str]
     words: list[str]
-    active: bool = True  # or a comment
+    active: bool = True  # False: written as a comment
 
 
 def make(
     root: Path, found: dict[str, dict[str, Any]], environments: list[dict[str, str]], lines: list[Line]
 ) -> list[Command]:
-    """Raises KeyError for a field that must be given and is not, ValueError or TypeError for a value that is none."""
+    """The equivalent commands, in their order; appends notes and refusals to `lines`.
+
+    Raises KeyError for a missing field that is required, ValueError or TypeError for a value that cannot be used.
+    """
     at = lambda value: os.path.normpath(root / value)
     basic, mapped = "dataset_param.basic_parameters.data_config.path", found["pretrain.sh flags"]
     data, vq = (
@@ -75,18 +80,18 @@ def make(
 
 
 def _whole(value: Any) -> int:
-    return int(str(value))  # not of 256.5, not of true
+    return int(str(value))  # raises for 256.5 and for true
 
 
 def _devices(launch: dict[str, Any]) -> dict[str, str]:
-    """What torchrun is told of machines and devices: an address, and whole numbers."""
+    """torchrun's flags for machines and devices: an address, and whole numbers. Raises ValueError for other values."""
     if not _ADDRESS.fullmatch(str(launch["--master-addr"])):
         raise ValueError(f"--master-addr {launch['--master-addr']!r}")
     return {flag: str(value if flag == "--master-addr" else _whole(value)) for flag, value in launch.items()}
 
 
 def _fresh(place: str) -> str:
-    """The place itself, or one beside it where it holds what MindSpeed-MM wrote."""
+    """The folder itself, or one named PLACE-lumina if the folder holds files of MindSpeed-MM."""
     folder = Path(place)
     used = folder.is_dir() and (
         foreign.indexes(folder) or any(folder.glob("iter_*")) or (folder / mindspeed.ITERATION).exists()
@@ -119,7 +124,7 @@ def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, st
 
 
 def _training(found: dict[str, dict[str, Any]], devices: dict[str, str], lines: list[Line]) -> list[str]:
-    """The flags of finetune, but for paths."""
+    """The flags of finetune, except paths."""
     flags, fields = found["pretrain.sh flags"], found["model.json"]
     processes = _whole(devices["--nproc-per-node"]) * _whole(devices["--nnodes"])
     micro = _whole(flags["--micro-batch-size"])
@@ -162,7 +167,7 @@ def _sharding(fields: dict[str, Any], lines: list[Line]) -> list[str]:
     fsdp = {key.split(".")[-1]: value for key, value in fields.items() if key.startswith("patch.use_fsdp1.")}
     if not fsdp:
         return ["--strategy", "no"]
-    get = lambda name, default: fsdp.get(name, default)  # theirs
+    get = lambda name, default: fsdp.get(name, default)  # with MindSpeed-MM's default
     strategy, backward = get("sharding_strategy", "fsdp"), get("backward_prefetch", "backward_pre")
     if strategy not in ("fsdp", "sdp", "no", "hybrid", "hybrid_zero2"):
         refuse(lines, "model.json", "sharding_strategy", strategy, "expected fsdp, sdp, no, hybrid or hybrid_zero2")

@@ -15,7 +15,7 @@ DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float3
 
 
 class Line(NamedTuple):
-    """What became of one field."""
+    """A line of the report: what one field means here."""
 
     file: str
     field: str
@@ -25,14 +25,14 @@ class Line(NamedTuple):
 
 
 class To(NamedTuple):
-    """It becomes a flag, with its own value; commands are made of these."""
+    """The field becomes this flag, with the field's value."""
 
     flag: str
-    absent: object = ABSENT  # what they take where it is not given
+    absent: object = ABSENT  # MindSpeed-MM's value if the field is not given
 
 
 class Only(NamedTuple):
-    """These values are what is done here anyway; any other one would change results."""
+    """The field is not needed if it has one of these values; any other value would change results, and is refused."""
 
     values: tuple
     why: str
@@ -40,14 +40,14 @@ class Only(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Whatever its value is, results do not depend on it."""
+    """The field is not needed: results do not depend on its value."""
 
     why: str
     absent: object = ABSENT
 
 
 class Size(NamedTuple):
-    """A property of the model: config.json in the model's folder says it, or it is the released model's."""
+    """A size of the model: the field must agree with config.json in the model's folder, or else with the released model."""
 
     name: str  # in config.json
     released: object
@@ -201,6 +201,7 @@ LAUNCH: dict[str, Rule] = {
 
 
 def refuse(lines: list[Line], file: str, field: str, value: Any, why: str) -> None:
+    """Append the line of a refused field."""
     lines.append(Line(file, field, str(value), "refused", why))
 
 
@@ -218,7 +219,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def judge(
     file: str, rules: Mapping[str, Rule], values: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> tuple[list[Line], dict[str, Any]]:
-    """A line for every field, and the values of those that become flags; `sizes` is what config.json says of the model."""
+    """A line for every field, and the values of those that become flags; `sizes` is the content of the model's config.json."""
     lines, mapped = [], {}
     absent = {field: rule.absent for field, rule in rules.items() if rule.absent is not ABSENT and field not in values}
     for field, value in [*values.items(), *absent.items()]:
@@ -247,7 +248,7 @@ def judge(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values mean the same; numbers may be written in any way."""
+    """Whether two values mean the same; numbers and their texts are compared as numbers."""
     try:
         return a == b or (not isinstance(a, bool) and not isinstance(b, bool) and float(a) == float(b))
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The MindSpeed-MM guide's folder as the commands that do the same here."""
+"""The MindSpeed-MM guide's folder, translated into commands of this project."""
 
 import os
 import re
@@ -16,22 +16,12 @@ from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, foreign
 
 EXAMPLE = "examples/lumina/mgpt2"
-_KEPT = (
-    "ASCEND_",
-    "HCCL_",
-    "GLOO_",
-    "ACL",
-    "NPU_",
-    "TORCH_",
-    "PYTORCH_",
-    "OMP_",
-    "TOKENIZERS_",
-    "HF_",
-)  # read by who reads them here
-_PLAIN = re.compile("[A-Za-z0-9_.,:;=^+-]*")  # not the path of a file, which whoever reads the variable may run
+# Prefixes of variables that libraries also read here.
+_KEPT = ("ASCEND_", "HCCL_", "GLOO_", "ACL", "NPU_", "TORCH_", "PYTORCH_", "OMP_", "TOKENIZERS_", "HF_")
+_PLAIN = re.compile("[A-Za-z0-9_.,:;=^+-]*")  # excludes the path of a file, which the variable's reader might run
 # Where CANN's installers put its set_env.sh: for root, and for the user who runs commands.sh.
 _CANN = re.compile(r"(/usr/local|~|\$HOME|\$\{HOME\})(/Ascend/(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*set_env\.sh)")
-_VARIABLES = {  # that the guide tells people to set; the flags are made of them
+_VARIABLES = {  # set by the guide's users; its scripts make these flags of them
     "NPUS_PER_NODE": "--nproc-per-node", "NNODES": "--nnodes", "NODE_RANK": "--node-rank", "MASTER_ADDR": "--master-addr",
     "MASTER_PORT": "--master-port", "LOAD_PATH": "--load", "SAVE_PATH": "--save",
 }  # fmt: skip
@@ -39,10 +29,12 @@ _NEEDLESS = {"CUDA_DEVICE_MAX_CONNECTIONS": "Megatron's own check", "NON_MEGATRO
 
 
 class Guide(NamedTuple):
+    """The result of reading the guide's folder."""
+
     root: Path  # the working directory of its scripts
     lines: list[Line]
     commands: list[Command]  # none where a line is refused
-    set_env: list[str]  # words of a shell: CANN's own, in its usual places
+    set_env: list[str]  # paths of CANN's own set_env.sh in its usual places, as words of a shell
 
 
 class _Part(NamedTuple):
@@ -125,7 +117,7 @@ def _part(root: Path, path: Path, lines: list[Line]) -> _Part:
         at += 1
     program, words = "".join(script.command[at : at + 1]), script.command[at + 1 :]
     flags: dict[str, Any] = {}
-    open_flag = None  # one that may still get its value
+    open_flag = None  # the flag before, if it has no value yet
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
@@ -145,7 +137,7 @@ def _check_program(part: _Part, name: str, lines: list[Line]) -> None:
 
 
 def _json(root: Path, base: Path, part: _Part, flag: str, name: str) -> dict[str, Any]:
-    """The fields of the file that the script names, looked for under the guide's root, or of the one in its usual place."""
+    """The fields of the JSON file that the script names, found from the guide's root, or else of the file in its usual place."""
     given = part.flags.get(flag)
     candidates = [str(given)] if isinstance(given, str) else []
     usual = [base / name, root / name, root / Path(name).name] if name.endswith("tools.json") else [base / name]
@@ -162,14 +154,14 @@ def _json(root: Path, base: Path, part: _Part, flag: str, name: str) -> dict[str
 
 
 def _sizes(root: Path, train: _Part) -> Mapping[str, Any]:
-    """What config.json in the folder of the weights says, where there is one."""
+    """The content of config.json in the folder of the weights; empty if there is none."""
     load = train.flags.get("--load")
     config = root / load / "config.json" if isinstance(load, str) else root / "config.json"
     return sources.read_json(config) if isinstance(load, str) and config.exists() else {}
 
 
 def _set_env(part: _Part, lines: list[Line]) -> list[str]:
-    """CANN's own set_env.sh, as a word of a shell. Whatever else the script sources is left to the user: it would run."""
+    """CANN's own set_env.sh as words of a shell. Other sourced files are left to the user, since sourcing runs them."""
     words = []
     for path in dict.fromkeys(part.script.sourced):
         if match := _CANN.fullmatch(path):
@@ -182,7 +174,7 @@ def _set_env(part: _Part, lines: list[Line]) -> list[str]:
 
 
 def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
-    """The exports that whoever reads them reads here too."""
+    """The exported variables that have the same effect here; appends a line for every variable."""
     kept, variables = {}, {v.name for v in ascend_env.TABLE}
     for name, value in part.script.variables.items():
         if isinstance(value, shell.Unknown) and name not in part.script.exports:
@@ -208,7 +200,9 @@ def _environment(part: _Part, lines: list[Line]) -> dict[str, str]:
             refuse(lines, part.name, name, value, "has control characters")
         elif problem := ascend_env.problems({name: value}):
             refuse(lines, part.name, name, value, problem[0])
-        elif name == "ASCEND_ENV" or (name.startswith(_KEPT) and not _PLAIN.fullmatch(value)):  # that one is sourced
+        elif name == "ASCEND_ENV" or (
+            name.startswith(_KEPT) and not _PLAIN.fullmatch(value)
+        ):  # ASCEND_ENV names a file that is sourced
             why = "its value may name what is run: where you trust it, export it before you run commands.sh"
             lines.append(Line(part.name, name, value, "yourself", why))
         elif name in variables or name.startswith(_KEPT):

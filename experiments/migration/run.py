@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).parents[2]
 REFUSED = 20  # fields that are named in an error
-SAID = {"note": "note", "yourself": "look at this yourself"}  # on the terminal
+SAID = {"note": "note", "yourself": "look at this yourself"}  # kinds of lines that are also printed, and their words
 
 
 def main(run: "Settings") -> None:
+    """Write OUT from the guide's folder or from extracted features. Raises InputError for other folders."""
     if not run.source.is_dir():
         raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
     if foreign.indexes(run.source):
@@ -61,7 +62,7 @@ def _features(run: "Settings") -> None:
 def _kept(
     results: Iterator[tuple[Feature, str] | foreign.Left], left: list[foreign.Left], file_of: dict[int, str]
 ) -> Iterator[Feature]:
-    """The features; what became none goes to the list. Progress is shown on a terminal."""
+    """The features; records that cannot be used are appended to `left`. Shows progress on a terminal."""
     console = Console(stderr=True)
     with Progress(
         *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
@@ -106,7 +107,7 @@ def _guide(run: "Settings") -> None:
 
 
 def commands(guide: Guide) -> str:
-    """A script of the commands, each with a line that says what it does. Of the guide's own text it has quoted words and nothing else."""
+    """A script of the commands, each after a comment that says what it does. Text of the guide appears in it only as quoted words."""
     lines = [
         "#!/usr/bin/env bash",
         f"# The guide's scripts worked in {printable(guide.root)}: relative paths were found against it.",
@@ -131,6 +132,7 @@ def shown(command: Command) -> str:
 
 
 def report(guide: Guide) -> str:
+    """The text of report.md: a table with a row for each field."""
     cell = lambda text: printable(text).replace("|", "\\|") or "-"
     rows = [f"| {cell(line.file)} | `{cell(line.field)}` | {cell(line.value)} | {SAID.get(line.kind, line.kind)} | {cell(line.here)} |" for line in guide.lines]  # fmt: skip
     head = [

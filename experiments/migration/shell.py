@@ -1,8 +1,8 @@
-"""What a launch script of the MindSpeed-MM guide says, read without a shell: its variables, its exports and the one command it starts.
+"""A launch script of the MindSpeed-MM guide, read without a shell: its variables, its exports and the one command that it starts.
 
-Assignments and words are expanded as a shell would ($A, ${A}, ${A:-b}, $((A*B))). What is not known before it runs, such as $(date),
-is an error only where the command needs it; what decides what is run (if, for, cd, arrays) always is. What it sources is not read:
-what was set before is not known after.
+Assignments and words are expanded as by a shell ($A, ${A}, ${A:-b}, $((A*B))). A value that is not known before the script runs, such
+as $(date), is an error only if the command needs it; if, for, cd and arrays, which decide what is run, are always errors. Sourced
+files are not read: the values of variables that were set before are not known after.
 """
 
 import ast
@@ -17,14 +17,14 @@ from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 
 MAX_SCRIPT = 1 << 20  # bytes
-MAX_EXPANDED = 1 << 22  # characters of all values together; one may name another one twice, and so on
+MAX_EXPANDED = 1 << 22  # characters of all values together, which could grow without bound by references to references
 MAX_SOURCED = 100  # files
 MAX_DEPTH = 8  # of ${A:-${B:-...}}
-# They change no variable and start no training.
+# Commands that change no variable and start no training.
 HARMLESS = frozenset(
     ("mkdir", "chmod", "chown", "find", "echo", "printf", "tee", "set", "ulimit", "sleep", "date", "ls", "rm", "test", "[", "[[", "wait", "true", "conda", "npu-smi")
 )  # fmt: skip
-_NAME = "[A-Za-z_][A-Za-z0-9_]*"  # to a shell `HCCL_É=1` is a command
+_NAME = "[A-Za-z_][A-Za-z0-9_]*"  # ASCII only: for a shell `HCCL_É=1` is a command
 _ASSIGNMENT = re.compile(rf"({_NAME})(\+?)=")
 _REFERENCE = re.compile(rf"\$\{{({_NAME})(?::?[-=](.*))?\}}|\$({_NAME})", re.DOTALL)
 _SUMS = {
@@ -35,6 +35,8 @@ _SUMS = {
 
 @dataclass
 class Script:
+    """A launch script: its variables, its exports and its command."""
+
     path: Path
     variables: dict[str, str | Unknown] = field(default_factory=dict)
     exports: set[str] = field(default_factory=set)
@@ -43,7 +45,7 @@ class Script:
     expanded: int = 0  # characters so far
 
     def value(self, name: str) -> str:
-        """The value of a variable. Raises Unknown."""
+        """The value of a variable. Raises Unknown if it is not known."""
         value = self.variables.get(name)
         if value is None:
             raise Unknown(f"${name} is set nowhere in the script")
@@ -98,7 +100,7 @@ def _source(script: Script, path: str) -> None:
     script.sourced.append(path)
     if len(script.sourced) > MAX_SOURCED:
         raise Unknown(f"more than {MAX_SOURCED} files are sourced")
-    if script.command or path.endswith("set_env.sh"):  # CANN's sets none of the guide's variables
+    if script.command or path.endswith("set_env.sh"):  # CANN's script sets none of the guide's variables
         return
     for name, value in script.variables.items():
         if isinstance(value, str):
@@ -106,10 +108,10 @@ def _source(script: Script, path: str) -> None:
 
 
 def _known(script: Script, word: list[Piece]) -> str:
-    """The path that a word becomes; as it is written where only the shell would know."""
+    """The path that a word expands to; the word as written if only a shell could expand it."""
     try:
         [path] = expand_word(script, word)
-    except ValueError:  # or it becomes several
+    except ValueError:  # or it expands to several words
         return flat(word)
     return path
 
@@ -144,7 +146,7 @@ def _assign(script: Script, word: list[Piece]) -> str:
 
 
 def expand_word(script: Script, word: list[Piece]) -> list[str]:
-    """The words that a word becomes. Raises Unknown."""
+    """The words that a word expands to. Raises Unknown if only a shell could expand it."""
     parts, open_word = [], False  # the last of `parts` may still grow
     for piece in word:
         text = _expanded(script, piece)
@@ -165,7 +167,7 @@ def _expanded(script: Script, piece: Piece) -> str:
 
 
 def expand(script: Script, text: str, depth: int = 0) -> str:
-    """The text with every $... replaced. Raises Unknown."""
+    """The text with every $... replaced. Raises Unknown if only a shell could replace one."""
     out, at = [], 0
     while (found := re.compile(r"[$`]").search(text, at)) is not None:
         out.append(text[at : found.start()])
@@ -213,5 +215,5 @@ def _sum(script: Script, text: str, depth: int) -> int:
 
 
 def quoted(words: list[str]) -> str:
-    """Words as a shell's line."""
+    """The words, quoted, as one line of a shell."""
     return " ".join(shlex.quote(word) for word in words)

@@ -1,4 +1,4 @@
-"""A shell script's text cut into its simple commands and their words, as a shell would cut it, and nothing expanded."""
+"""A shell script's text divided into its simple commands and their words, as by a shell, and nothing expanded."""
 
 import re
 from collections.abc import Iterator
@@ -6,19 +6,23 @@ from typing import NamedTuple
 
 
 class Unknown(ValueError):
-    """A value that only the shell would know."""
+    """A value that only a shell would know, or text that is not read here."""
 
 
 class Piece(NamedTuple):
+    """A part of a word that is quoted in one way."""
+
     text: str
-    expands: bool
-    splits: bool  # into words, after it is expanded
+    expands: bool  # $... in it is replaced
+    splits: bool  # divided into words after it is expanded
 
 
 class Statement(NamedTuple):
+    """A simple command: its line and its words."""
+
     line: int
     words: list[list[Piece]]
-    before: str  # what stands between it and the statement before: a newline, ;, |, &, && or ||
+    before: str  # what separates it from the statement before: a newline, ;, |, &, && or ||
 
 
 def statements(text: str) -> Iterator[Statement]:
@@ -63,12 +67,12 @@ def statements(text: str) -> Iterator[Statement]:
 
 
 def flat(word: list[Piece]) -> str:
-    """The word as it is written, but for its quotes."""
+    """The word as it is written, without its quotes."""
     return "".join(piece.text for piece in word)
 
 
 def _redirection(text: str, at: int) -> int:
-    """Where a redirection that begins at `at` ends: it says where output goes."""
+    """The index where a redirection of input or output that begins at `at` ends."""
     match = re.compile(r"(>>|>|<)&?[ \t]*([^\s;|&<>]*)").match(text, at)
     if text.startswith("<<", at) or not match[2]:
         raise Unknown(f"{text[at : at + 20]!r} is not read")
@@ -108,7 +112,7 @@ def _double_quoted(text: str, at: int) -> tuple[list[Piece], int]:
 
 
 def end_of(text: str, at: int) -> int:
-    """Where the reference that begins at `at` ends."""
+    """The index where the reference ($... or `...`) that begins at `at` ends."""
     if text[at] == "`":
         return text.find("`", at + 1) + 1 or len(text)
     opened = text[at + 1 : at + 2]

@@ -1,4 +1,4 @@
-"""A step on a mesh, seen from one rank: what notebook 4 runs in several processes."""
+"""A training step on a mesh as one rank computes it; notebook 4 runs it in several processes."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from lumina_fn.config import ModelConfig
 
 
 def step(rank: int, size: int, cfg: ModelConfig, shards: Tensor, strategy: str) -> tuple[list[Tensor], int]:
-    """The leaves after one float64 step on shards [S B T] of tokens, made whole, and how many numbers this rank kept of them."""
+    """The whole parameters' leaves after one float64 step on shards [S B T] of tokens, and how many of their numbers this rank holds."""
     mesh = sharding.Mesh(dist.group.WORLD, rank, size, "cpu", strategy, torch.float64, torch.float64)
     opt = train.AdamW(lr=1e-2, decay=0.1, clip=0.5)
     state = train.init_state(model.init(cfg, dtype=torch.float64), opt, mesh)

@@ -1,4 +1,4 @@
-"""What devices can do at best, and how long a training step takes there."""
+"""The peaks of devices, and the predicted time of a training step on them."""
 
 import os
 import time
@@ -15,16 +15,18 @@ from lumina_fn.costs.cost import Setup, Traffic
 
 @dataclass(frozen=True)
 class Device:
+    """The peaks of one device."""
+
     flops: float  # of matrix products, per second
     memory: float  # bytes
     bandwidth: float  # of that memory, bytes per second
     link: float  # to the other devices of its node together, bytes per second in one direction
     network: float  # to other nodes, the same
-    reached: float = 0.4  # of those FLOPs, in training: 0.15 to 0.64 was published for models of this size on 910B
+    reached: float = 0.4  # share of those FLOPs in training: 0.15 to 0.64 was published for models of this size on 910B
 
 
-# Dense bfloat16. 910B: a datasheet copy (64 GB HBM2e, HCCS full mesh, RoCE); parts of one name differ in their peak, and the
-# middle one stands for all. A100 and H100: NVIDIA's datasheets of the SXM modules with 80 GB; half of NVLink's two directions,
+# Dense bfloat16. 910B: a copy of the datasheet (64 GB HBM2e, HCCS full mesh, RoCE); devices of this name differ in their peak, and
+# "910B" is the middle one. A100 and H100: NVIDIA's datasheets of the SXM modules with 80 GB; one direction of NVLink,
 # and the InfiniBand of DGX A100 (200 Gb/s a device) and DGX H100 (400 Gb/s).
 DEVICES = {
     "910B": Device(295e12, 64e9, 1.6e12, 196e9, 25e9),
@@ -34,33 +36,31 @@ DEVICES = {
     "H100": Device(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
 CPU = "cpu"
-BANDWIDTH = 0.7  # of the peak that transfers reach, in memory and between devices
-OPTIMIZER = (
-    10  # times a parameter is moved: the norm reads it, scaling reads and writes, the update reads 4 and writes 3
-)
+BANDWIDTH = 0.7  # share of the peak that transfers reach, in memory and between devices
+OPTIMIZER = 10  # reads and writes of each parameter: the norm reads it, scaling reads and writes, the update reads 4 and writes 3
 SIDE, LENGTH = 1024, 1 << 24  # of the matrices and the vector that a CPU is measured with
 
 
 def cpu(dtype: torch.dtype) -> Device:
-    """This machine, measured in well under a second."""
+    """This machine as a device, measured in well under a second."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
     source, target = torch.ones(LENGTH), torch.empty(LENGTH)
     flops = 2 * SIDE**3 / _fastest(lambda: a @ b)
     bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Gloo speaks TCP: about 1 GB/s, within a host as over 10 Gb/s Ethernet.
+    # Gloo uses TCP: about 1 GB/s, both within a host and over 10 Gb/s Ethernet.
     return Device(flops, memory, bandwidth, 1e9, 1e9, reached=0.7)
 
 
 def share(device: Device, processes: int) -> Device:
-    """What each of so many processes has of it."""
+    """The part of a device that each of so many processes gets."""
     return replace(
         device, flops=device.flops / processes, memory=device.memory / processes, bandwidth=device.bandwidth / processes
     )
 
 
 def seconds(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> dict[str, float]:
-    """What a step's time is spent on; a gather that is prefetched counts for what it takes longer than the compute beside it."""
+    """Seconds of a step by activity; a prefetched gather counts only as far as it takes longer than the compute that it overlaps."""
     tokens = setup.micro_batches * setup.micro_batch * setup.tokens
     speed = device.flops * device.reached
     compute = cost.flops(cfg, setup.tokens) * tokens / speed
@@ -80,7 +80,7 @@ def seconds(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> di
 
 
 def _transfer(one: Traffic, device: Device, per_node: int) -> float:
-    """Seconds: each rank sends its share between nodes, and the rest is sent on within them."""
+    """Seconds of a transfer: each rank sends its share between nodes, and nodes pass it on within themselves."""
     local = min(one.ranks, max(per_node // one.stride, 1))
     nodes = one.ranks // local
     between = (nodes - 1) / (nodes * local) / device.network

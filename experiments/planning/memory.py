@@ -1,4 +1,4 @@
-"""What a run's memory comes to beside what is free, said before it begins and where memory is refused."""
+"""A run's predicted memory and the free memory: compared before the run begins, and named in the error when memory runs out."""
 
 import re
 import resource
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lumina_fn.process import out_of_memory
 from lumina_fn.process.out_of_memory import OutOfMemory, size
 
-if TYPE_CHECKING:  # sample and pretokenize, which only name their flags, do not wait for what a plan imports
+if TYPE_CHECKING:  # sample and pretokenize only use `lowered_by`, and do not wait for a plan's imports
     import torch
 
     from experiments.launching.distributed import World
@@ -21,19 +21,19 @@ if TYPE_CHECKING:  # sample and pretokenize, which only name their flags, do not
     from lumina_fn.costs.cost import Setup
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Where a cgroup's limit, its use and, in memory.stat, its cache of files stand: of version 2, and of version 1.
+# The files of a cgroup's limit and use, and the file cache's name in memory.stat: of version 2, and of version 1.
 VERSIONS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# Compiled blocks take about what eager ones do, or less: of 16 steps that were drawn at random the most was 1.006 times as much.
+# Compiled blocks take about as much memory as eager ones, or less: in 16 randomly drawn steps at most 1.006 times as much.
 COMPILED = 1.02
 SHARED = "share the model out to more processes (torchrun, --strategy fsdp)"
 
 
 @contextmanager
 def lowered_by(flags: str) -> Iterator[None]:
-    """What refuses memory inside becomes an OutOfMemory whose line ends with `flags`: what to do. Decorates a command's main."""
+    """A failed allocation inside becomes an OutOfMemory whose line ends with `flags`: what to do. Decorates a command's main."""
     try:
         yield
     except Exception as error:
@@ -42,7 +42,7 @@ def lowered_by(flags: str) -> Iterator[None]:
 
 
 def raise_refused(error: Exception, what: str, rest: Callable[[], str]) -> None:
-    """Raise an OutOfMemory in place of an error of memory, unless it is one. What the failed calls held is let go first."""
+    """Raise an OutOfMemory in place of the error of a failed allocation; return for other errors. Frees what the failed calls held."""
     if isinstance(error, OutOfMemory) or (words := out_of_memory.told(error)) is None:
         return
     traceback.clear_frames(error.__traceback__)
@@ -50,13 +50,13 @@ def raise_refused(error: Exception, what: str, rest: Callable[[], str]) -> None:
 
 
 def free(device: "torch.device", processes: int = 1) -> int | None:
-    """Bytes that one of `processes` alike on this machine may still take of the device; None where the system does not say."""
+    """Bytes of the device that each of `processes` equal processes on this machine can still allocate; None if that is not known."""
     import torch
 
     if device.type != "cpu":
         return torch.get_device_module(device).mem_get_info(device)[0]
     known = [n // processes for n in (_available(PROC), *_in_cgroups(PROC, CGROUPS)) if n is not None]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # a process's own
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of this process
     if limit != resource.RLIM_INFINITY:
         known.append(max(0, limit - _kilobytes(PROC / "self/status", "VmSize")))
     return min(known, default=None)
@@ -64,14 +64,14 @@ def free(device: "torch.device", processes: int = 1) -> int | None:
 
 @dataclass
 class Place:
-    """Where a run is, for who asks when it fails."""
+    """What a run does now, for the message if it fails."""
 
     now: str
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a run's largest step needs and its device has, in bytes, seen before anything is loaded."""
+    """The memory that a run's largest step needs, and the free memory of its device, in bytes; known before anything is loaded."""
 
     cfg: "ModelConfig"
     setup: "Setup"
@@ -79,7 +79,7 @@ class Room:
 
     @cached_property
     def needed(self) -> int:
-        """At the fullest point of a step. Compiled blocks, whose trace takes a second, are looked at where they may not fit."""
+        """Bytes at the peak of a step. Compiled blocks are traced, which takes a second, only if the step may not fit."""
         from lumina_fn.costs import footprint
 
         eager = footprint.peak(self.cfg, replace(self.setup, compiled=False))
@@ -88,7 +88,7 @@ class Room:
         return footprint.peak(self.cfg, self.setup)
 
     def note(self) -> str | None:
-        """A line for who begins a step that may not fit. Where arithmetic leaves a doubt, the step is looked at for 0.2 to 0.4 s."""
+        """A line if a step may not fit, else None. If an upper bound does not decide it, the step is simulated, for 0.2 to 0.4 s."""
         from lumina_fn.costs import cost
 
         if self.free is None or cost.most_memory(self.cfg, self.setup) <= self.free or self.needed <= self.free:
@@ -97,8 +97,8 @@ class Room:
 
     @contextmanager
     def during(self, what: str, lower: str | None = None) -> Iterator["Place"]:
-        """What refuses memory inside becomes an OutOfMemory that names where, `what` or what was set since, and the numbers;
-        `lower` says what to do.
+        """A failed allocation inside becomes an OutOfMemory with the numbers and with what the run did: `what`, or a later value of
+        Place.now. `lower` says what to do.
         """
         place = Place(what)
         try:
@@ -116,7 +116,7 @@ class Room:
 def room(
     run: Any, world: "World", cfg: "ModelConfig", longest: int, device: "torch.device", compute: "torch.dtype"
 ) -> Room:
-    """A finetune's room; `longest` is its longest item's tokens."""
+    """The Room of a fine-tune; `longest` is the number of tokens of its longest item."""
     from experiments.planning import plan
     from lumina_fn.features import batches
 
@@ -132,7 +132,7 @@ def room(
 
 
 def ways(setup: "Setup") -> str:
-    """The flags that lower a step's memory, those that change no result."""
+    """The flags that lower a step's memory and change no result."""
     found = ["lower --micro-batch"] * (setup.micro_batch > 1) + ["give --remat"] * (not setup.remat)
     if setup.devices > 1 and setup.strategy != "fsdp":
         found.append("give --strategy fsdp")
@@ -145,10 +145,10 @@ def _available(proc: Path) -> int | None:
 
 
 def _in_cgroups(proc: Path, mount: Path) -> Iterator[int]:
-    """What is left of the limit of each group that this process is in, and of those around it.
+    """Bytes that are left of the limit of each cgroup of this process, and of the cgroups around it.
 
-    In a container the file may name groups that are not seen from inside; then those that are seen tell. A cache of files is
-    no use: it gives way.
+    In a container the file may name cgroups that are not visible from inside; then the visible ones count. The file cache is not
+    counted as used: the system frees it when memory is needed.
     """
     where = proc / "self/cgroup"
     named = where.read_text().splitlines() if where.exists() else []
@@ -166,5 +166,5 @@ def _in_cgroups(proc: Path, mount: Path) -> Iterator[int]:
 
 
 def _kilobytes(where: Path, name: str) -> int:
-    """That many are named in a file of /proc; in bytes."""
+    """The value of a field of a file in /proc, which is in kB, as bytes."""
     return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB$", where.read_text(), re.MULTILINE)[1])

@@ -1,4 +1,4 @@
-"""The plan of a training run: memory and time of a step on each device, for every number of devices that was asked for."""
+"""The plan of a training run: memory and time of a step on each device, for every given number of devices."""
 
 import json
 from collections.abc import Callable
@@ -27,6 +27,7 @@ SIZES = ("layers", "width", "heads", "kv_heads", "hidden", "vocab", "max_positio
 
 
 def main(run: "Settings") -> int:
+    """Print the plan as a table, as JSON or as a roofline; returns the exit code. Raises InputError."""
     _check(run)
     cfg, compute = _config(run), _dtype(run.dtype, torch.float32 if run.device == CPU else torch.bfloat16)
     device = devices.cpu(compute) if run.device == CPU else DEVICES[run.device]
@@ -45,7 +46,7 @@ def main(run: "Settings") -> int:
 
 
 def plan(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> Plan:
-    """A training step's memory and time on one of its devices, of which so many are in a node."""
+    """Memory and time of a training step on one of its devices; a node has `per_node` devices."""
     moments = footprint.memory(cfg, setup)
     moment, at_peak = max(moments.items(), key=lambda item: item[1].total())
     seconds = devices.seconds(cfg, setup, device, per_node)
@@ -75,7 +76,7 @@ def plan(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> Plan:
 
 
 def largest(size: Callable[[int], int], room: float, most: int) -> int:
-    """The largest n up to `most` with size(n) <= room, 0 where none is; by secants, since size grows almost evenly."""
+    """The largest n up to `most` with size(n) <= room, 0 if there is none; found with secants, since size grows almost linearly."""
     fits, fails, guess, known = 0, most + 1, 1, {}
     while fits + 1 < fails:
         n = min(max(guess, fits + 1), fails - 1)
@@ -99,7 +100,7 @@ def _setup(run: "Settings", cfg: ModelConfig, n: int, compute: torch.dtype) -> S
 
 
 def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu: bool) -> Setup:
-    """What these flags, finetune's or `plan`'s, make of rows of so many tokens, on one device and in one micro batch."""
+    """The Setup of these flags, finetune's or plan's, for rows of so many tokens, on one device and in one micro batch."""
     return Setup(
         strategy=run.strategy,
         tokens=tokens,
@@ -117,7 +118,7 @@ def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu:
 
 
 def _own(run: "Settings", device: Device, n: int) -> Device:
-    """What one of n processes has of the device."""
+    """The part of the device that one of n processes has."""
     return devices.share(device, min(n, run.devices_per_node)) if run.device == CPU else device
 
 
@@ -139,7 +140,7 @@ def _config(run: "Settings") -> ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The sizes that a native or Hugging Face folder's config.json tells; InputError for another."""
+    """The sizes in a native or Hugging Face folder's config.json. Raises InputError for other folders."""
     where = folder / "config.json"
     config = sources.read_json(where)
     if "format" not in config:

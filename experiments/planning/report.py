@@ -1,4 +1,4 @@
-"""A plan, and how it is told."""
+"""A plan, and the lines that print it."""
 
 from dataclasses import dataclass
 
@@ -28,15 +28,15 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a device, unless it says otherwise. Sizes are in bytes, times in seconds."""
+    """The plan for one device, unless a field says otherwise. Sizes are in bytes, times in seconds."""
 
     devices: int
     micro_batches: int
     peak: int
-    moment: str  # of the peak
-    at_peak: dict[str, int]  # by what it is for
-    at_most: dict[str, int]  # each at its own
-    of_memory: float
+    moment: str  # of the peak, by its name
+    at_peak: dict[str, int]  # by label, such as gradients
+    at_most: dict[str, int]  # the same, each label at its own peak
+    of_memory: float  # the peak as a share of the device's memory
     kept_by_block: int  # from its forward to its backward
     kept_by_block_with_remat: int
     whole_units: int  # gathered, or cast, at once
@@ -50,7 +50,7 @@ class Plan:
 
 
 def facts(cfg: ModelConfig, setup: Setup, device: Device, name: str, per_node: int, seq: int) -> list[str]:
-    """What the plans are about."""
+    """Lines that describe the model, the settings and the device of the plans."""
     dtype = lambda kind: str(kind).removeprefix("torch.")
     kinds = [setup.strategy] + ["remat"] * setup.remat + ["blocks compiled"] * setup.compiled
     kinds += ["one sum over devices a step"] * (not setup.sync)
@@ -66,7 +66,7 @@ def facts(cfg: ModelConfig, setup: Setup, device: Device, name: str, per_node: i
 
 
 def table(plans: list[Plan]) -> list[str]:
-    """A column for each plan: aligned, and Markdown."""
+    """An aligned Markdown table with a column for each plan."""
     unit, name = (GB, "GB") if max(plan.peak for plan in plans) >= 10 * GB else (MB, "MB")
     size = lambda n: f"{n / unit:.{2 if unit == GB else 1}f}"
     rows = {
@@ -98,7 +98,7 @@ def table(plans: list[Plan]) -> list[str]:
 
 
 def notes(device: Device, name: str, dtype: torch.dtype) -> list[str]:
-    """How the numbers are meant."""
+    """Lines that explain the numbers."""
     lines = [
         "Memory is that of tensors: at the peak, in brackets at the most that each takes in a step. The largest micro batch leaves "
         f"{1 - USABLE:.0%} of the device to its runtime and to fragmentation.",
@@ -120,7 +120,7 @@ def notes(device: Device, name: str, dtype: torch.dtype) -> list[str]:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """A Markdown table of rows, the first of them its head, whose columns stand in line."""
+    """A Markdown table with aligned columns; the first of the rows is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     cells = lambda row: [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]

@@ -1,4 +1,4 @@
-"""How close to its peak a device can come, by strategy and micro batch, and where communication stops to be seen."""
+"""The share of its peak that a device reaches, by strategy and micro batch, and the micro batches that hide communication."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,12 +12,12 @@ from lumina_fn.costs.cost import Setup
 
 STRATEGIES = ("fsdp", "sdp", "hybrid", "hybrid_zero2")
 MICRO_BATCHES = (1, 2, 4, 8)
-MOST = 256  # samples of a micro batch that are tried for where communication hides
-LITTLE = 0.05  # of a step: reductions, which nothing runs beside, that are not worth a thought
+MOST = 256  # samples of the largest micro batch that is tried
+LITTLE = 0.05  # share of a step up to which reductions, which overlap with nothing, are negligible
 
 
 def lines(cfg: ModelConfig, setups: Sequence[Setup], device: Device, per_node: int) -> Iterator[str]:
-    """Markdown: model FLOPs reached of the device's peak, of one step of one micro batch; then what a micro batch must be at the least."""
+    """Lines of Markdown: the MFU of a step of one micro batch; then the smallest micro batches that hide communication."""
     count = [str(setup.devices) for setup in setups]
     rows = [["MFU (peak memory, GB), of", *count]]
     for strategy in STRATEGIES:

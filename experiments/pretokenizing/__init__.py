@@ -1,8 +1,8 @@
-"""What `experiments.pretokenize` is made of.
+"""The parts of `experiments.pretokenize`.
 
-run            the run: settings to a complete set
-rows           one row, prepared: picture cut, caption as ids
-folder         OUT: what a run finds in it, and how the set becomes complete
-encoding       rows to shards, with the device kept busy
+run            the run itself: from its settings to a complete set
+rows           one row, prepared: picture cropped, caption as ids
+folder         OUT: begun, continued and finished
+encoding       rows to shards, with work on the CPU while the device encodes
 shard_claims   which process makes which shard
 """

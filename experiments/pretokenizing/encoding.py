@@ -1,4 +1,4 @@
-"""Rows to shards, with the device kept busy: threads read and cut pictures, another stacks them, another writes, while it encodes."""
+"""Rows to shards: while the device encodes, other threads read and crop pictures, stack them, and write shards."""
 
 import time
 from collections import deque
@@ -25,7 +25,7 @@ Encode = Callable[[Float[Tensor, "B 3 H W"]], Int[np.ndarray, "B h w"]]
 
 
 class Prepared(NamedTuple):
-    """A row whose picture is cut and waits for its codes."""
+    """A row whose picture is cropped and not encoded yet."""
 
     row: int
     text: list[int]
@@ -35,13 +35,15 @@ class Prepared(NamedTuple):
 
 
 class Tally(NamedTuple):
+    """The rows and the time of `encode_shards`."""
+
     rows: int
     busy: float  # seconds in which the device encoded
     wall: float  # seconds from the first row to the last shard
 
 
 def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """fn of each item, in order, with up to `depth` of them under way or waiting."""
+    """fn of each item, in order; the pool computes up to `depth` results ahead."""
     queue: deque[Future[B]] = deque()
     for item in items:
         queue.append(pool.submit(fn, item))
@@ -52,7 +54,7 @@ def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) 
 
 
 class Work(NamedTuple):
-    """What is done with a row, with a batch of pictures, and with a whole shard."""
+    """The functions for a row, for a batch of pictures, and for a whole shard."""
 
     prepare: Callable[[int], Prepared | Rejected]  # a row's number
     encode: Encode
@@ -67,9 +69,9 @@ def encode_shards(
     workers: int,
     progress: Callable[[int], None],
 ) -> Tally:
-    """Make every shard that is claimed; `progress` is told the rows that are done, a claim the checksum that `write` returns.
+    """Make every claimed shard. Calls `progress` with the number of rows done, and a claim's function with the checksum of its shard.
 
-    Pictures of equal size among WINDOW batches of rows of a shard are encoded together: a function of the shard alone.
+    Pictures of equal size among WINDOW batches of a shard's rows are encoded together, so that batches depend on the shard alone.
     """
     begin, busy, rows, open_shards = time.perf_counter(), 0.0, 0, deque()
 
@@ -100,7 +102,7 @@ def encode_shards(
                 rows += len(window)
                 progress(len(window))
             writing.append(writer.submit(_written, work.write, shard, features, rejected, release))
-            while len(writing) > 1:  # a shard's worth waits at the most
+            while len(writing) > 1:  # at most one shard waits to be written
                 writing.popleft().result()
         for future in writing:
             future.result()

@@ -1,4 +1,4 @@
-"""OUT, the folder of a feature set: what a run finds in it, and how the set becomes complete."""
+"""OUT, the folder of a feature set: prepared for a run, and completed after it."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from lumina_fn.features import shards
 from lumina_fn.features.parts import digest
 from lumina_fn.features.shards import MANIFEST, QUARANTINE, Origin, Rejected
 
-ORIGIN = "origin.json"  # what a set is begun with
+ORIGIN = "origin.json"  # the settings that a set was begun with
 
 
 def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
-    """The set's shards: rows in their order, `size` at a time, under names that tell what they are made from."""
+    """The set's shards: rows in their order, `size` at a time, under names with a hash of what they are made from."""
     told = []
     for number, begin in enumerate(range(0, len(rows), size)):
         part = range(begin, min(begin + size, len(rows)))
@@ -32,7 +32,7 @@ def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
 
 
 def begin(out: Path, origin: Origin, planned: list[Shard], *, overwrite: bool, shard: int, retry: bool) -> None:
-    """OUT as this run needs it: new, or what an earlier run with the same settings left."""
+    """Prepare OUT: as a new set, or as that of an earlier run with the same settings. Raises InputError for anything else."""
     with places.writable(out):
         out.mkdir(exist_ok=True)
         if overwrite:
@@ -50,7 +50,7 @@ def begin(out: Path, origin: Origin, planned: list[Shard], *, overwrite: bool, s
             files.write_atomic(out / ORIGIN, made)
         shard_claims.begin(out)
         if retry:
-            (out / shards.INDEX).unlink(missing_ok=True)  # unfinished until they are made again
+            (out / shards.INDEX).unlink(missing_ok=True)  # the set is unfinished until they are made again
             for planned_shard in planned:
                 path = out / planned_shard.name
                 if path.exists() and shards.read(path).rejected:
@@ -58,13 +58,13 @@ def begin(out: Path, origin: Origin, planned: list[Shard], *, overwrite: bool, s
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path below OUT (a folder's ends with "/") is one that pretokenize writes."""
+    """Whether pretokenize writes this path below OUT (a folder's path ends with "/")."""
     own = path in (MANIFEST, QUARANTINE, ORIGIN) or shards.is_ours(path) or shard_claims.is_ours(path)
     return own or ("/" not in path and files.is_unfinished(Path(path)))
 
 
 def _same(out: Path, now: dict[str, Any]) -> None:
-    """InputError where OUT was begun with other settings."""
+    """Raises InputError if OUT was begun with other settings."""
     try:
         then = reading.json_object(out / ORIGIN, "the settings that a feature set was begun with")
     except InputError as error:
@@ -76,7 +76,7 @@ def _same(out: Path, now: dict[str, Any]) -> None:
 
 
 def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]) -> list[Rejected]:
-    """The index and the manifest over all shards; what belongs to an earlier state of the set is removed."""
+    """Write the index and the manifest of all shards, and remove shards of an earlier state of the set; returns the rejected rows."""
     known = _checksums(out)
     read = [
         (
@@ -106,7 +106,7 @@ def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any])
 
 
 def _checksums(out: Path) -> dict[str, str | None]:
-    """By shard, those of the set that OUT was before, where it was one."""
+    """The checksums, by shard, of the set that OUT was before; empty if it was none."""
     with suppress(InputError):
         return {entry.file: entry.sha256 for entry in shards.read_index_file(out).shards}
     return {}

@@ -1,4 +1,4 @@
-"""One row of a dataset, prepared: its picture cut, its caption as ids, and everything checked that needs no model."""
+"""One row of a dataset, prepared: its picture cropped, its caption as ids, and all checks made that need no model."""
 
 import hashlib
 import json
@@ -14,21 +14,21 @@ from lumina_fn.features.shards import Rejected
 from lumina_fn.process.ranges import LONGEST_CAPTION
 from lumina_fn.prompt import Tokenizer
 
-SIZE_TEXT_PROBABILITY = 0.9  # of a prompt that says the picture's size
+SIZE_TEXT_PROBABILITY = 0.9  # that a prompt states the picture's size
 
 
 class Recipe(NamedTuple):
-    """How rows become features, but for the VQ."""
+    """The settings by which rows become features, except the VQ."""
 
-    roots: Sequence[Path]  # folders that pictures may lie in
+    roots: Sequence[Path]  # folders that may hold pictures
     tokenizer: Tokenizer
     size: int  # pixels; pictures become about size x size
-    seed: int  # of the choice which prompts say the picture's size
+    seed: int  # chooses the prompts that state the picture's size
     longest: int = LONGEST_CAPTION  # characters of a caption
 
 
 def prepare(index: int, value: Any, recipe: Recipe) -> Prepared | Rejected:
-    """Everything about a row that needs no model: a function of the row, its file and the recipe."""
+    """The prepared row, or the reason why it cannot be used; depends on the row, its file and the recipe alone."""
     tokenizer = recipe.tokenizer
     try:
         row = dataset.row(value)

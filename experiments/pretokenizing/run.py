@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 @memory.lowered_by("lower --batch, --workers or --size")
 def main(run: "Settings", world: World) -> None:
+    """Write the feature set OUT, of which each rank encodes its share. Raises InputError, also if no row can be used."""
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, tokenizer)
     device = devices.checked_device(run, world.device, world.say)
@@ -80,6 +81,7 @@ def main(run: "Settings", world: World) -> None:
 
 
 def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
+    """The function that encodes a batch of pictures on the device."""
     params = pytree.tree_map(lambda t: t.to(device), params)
 
     @torch.inference_mode()
@@ -100,13 +102,13 @@ def _work(run: "Settings", out: Path, rows: Sequence[Any], tokenizer: Tokenizer,
 
 
 def _encode(run: "Settings", world: World, out: Path, planned: list[Shard], work: Work) -> Tally:
-    """This rank's part of the work, with progress on rank 0's terminal."""
+    """Encode this rank's share of the shards; rank 0 shows progress on a terminal."""
     workers = run.workers or max(1, (os.cpu_count() or 1) // world.local_size)
     console = Console(stderr=True)
     missing = [shard for shard in planned if not (out / shard.name).exists()]
     with (
         Progress(console=console, disable=world.rank != 0 or not console.is_terminal) as progress,
-        warnings.catch_warnings(),  # once, around the threads: Pillow's are not thread-safe to ignore one by one
+        warnings.catch_warnings(),  # ignore Pillow's warnings once for all threads: changing the filters is not thread-safe
     ):
         warnings.simplefilter("ignore")
         share = sum(len(shard.rows) for shard in missing) / world.size
@@ -118,7 +120,7 @@ def _encode(run: "Settings", world: World, out: Path, planned: list[Shard], work
 
 
 def _roots(run: "Settings") -> list[Path]:
-    """The folders that pictures may lie in."""
+    """The folders that may hold pictures."""
     return [run.data.parent, *([run.image_root] if run.image_root else [])]
 
 

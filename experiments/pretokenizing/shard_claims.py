@@ -1,6 +1,6 @@
-"""Work shared out to processes that may be killed at any moment: a shard is done once its file is there.
+"""Shards divided among processes that may be killed at any moment: a shard is done once its file exists.
 
-A claim only saves work. Where two processes make the same shard, since a file system has no locks, they write the same bytes.
+A claim only avoids double work. If a file system has no locks and two processes make the same shard, they write the same bytes.
 """
 
 import os
@@ -20,20 +20,22 @@ _CLAIM = re.compile(r"\d{5,}", re.ASCII)
 
 
 class Shard(NamedTuple):
+    """A part of a feature set: some rows of the input, in one file."""
+
     number: int
     name: str  # of its file
     rows: range  # of the input
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path below a set's folder (a folder's ends with "/") is a claim's, or that of their folder."""
+    """Whether this path below a set's folder (a folder's path ends with "/") is a claim, or the folder of claims."""
     return path == f"{CLAIMS}/" or (
         path.startswith(f"{CLAIMS}/") and _CLAIM.fullmatch(path[len(CLAIMS) + 1 :]) is not None
     )
 
 
 def begin(folder: Path) -> None:
-    """Make room for claims. Raises InputError where something else is there."""
+    """Make the folder of claims. Raises InputError if something else is there."""
     with suppress(FileExistsError):
         (folder / CLAIMS).mkdir()
     with locks.folder_of(folder / CLAIMS):
@@ -43,9 +45,9 @@ def begin(folder: Path) -> None:
 def claimed(
     folder: Path, shards: Sequence[Shard], rank: int, size: int, *, wait: bool = False
 ) -> Iterator[tuple[Shard, Callable[[str], None]]]:
-    """Shards that are still to be made, each held by this process until the function beside it is called with its checksum.
+    """Shards that are not made yet, each locked by this process until the function beside it is called with the shard's checksum.
 
-    Each rank begins with its own, then takes what others have not begun; with `wait` also what somebody holds, once it is free.
+    Each rank begins with its own shards, then takes those that others have not begun; with `wait` it also waits for locked ones.
     """
     with locks.folder_of(folder / CLAIMS) as claims:
         for shard in sorted(shards, key=lambda s: (s.number % size != rank, s.number)):
@@ -55,20 +57,20 @@ def claimed(
             if locks.take(lock, wait) is False:
                 os.close(lock)
                 continue
-            if (folder / shard.name).exists():  # made between the look and the lock
+            if (folder / shard.name).exists():  # made between the check and the lock
                 os.close(lock)
                 continue
             yield shard, partial(_release, lock)
 
 
 def _release(lock: int, sha256: str) -> None:
-    """Note the checksum of what was written, as it was in memory, and let go."""
+    """Record the checksum of the shard, computed in memory, and release the lock."""
     os.pwrite(lock, sha256.encode(), 0)
     os.close(lock)
 
 
 def checksum(folder: Path, shard: Shard) -> str | None:
-    """What was noted of a shard, None where nothing was."""
+    """The recorded checksum of a shard; None if there is none."""
     with suppress(InputError):
         said = reading.text(folder / CLAIMS / f"{shard.number:05d}", 64, "a checksum")
         return said if _SHA256.fullmatch(said) else None
@@ -76,5 +78,5 @@ def checksum(folder: Path, shard: Shard) -> str | None:
 
 
 def forget(folder: Path) -> None:
-    """Remove the claims of a set that is finished; what else lies there stays."""
+    """Remove the claims of a finished set; other files stay."""
     locks.remove_own(folder / CLAIMS, _CLAIM)

@@ -1,4 +1,4 @@
-"""What `experiments.sample` is made of.
+"""The parts of `experiments.sample`.
 
 run   prompts to codes to pictures, with progress
 """

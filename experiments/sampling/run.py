@@ -26,12 +26,13 @@ from lumina_fn.vocab import PIXELS_PER_CODE, Ids
 if TYPE_CHECKING:
     from experiments.sample import Settings
 
-MOST_CODES = 1 << 30  # 8 GB of them are held until the pictures are written: 116,000 pictures of 768 px
+MOST_CODES = 1 << 30  # held in memory until the pictures are written: 8 GB, or 116,000 pictures of 768 px
 SCHEDULES = {"constant": sample.constant, "reference": sample.reference}
 
 
 @memory.lowered_by("lower --batch, or give --dtype bfloat16")
 def main(run: "Settings") -> None:
+    """Write the pictures of all prompts to OUT. Raises InputError."""
     captions = read_prompts(run)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, captions, tokenizer)
@@ -48,7 +49,7 @@ def main(run: "Settings") -> None:
 
 
 def read_prompts(run: "Settings") -> list[str]:
-    """The prompt, or the file's lines that are not blank. Raises InputError where there is none."""
+    """The prompt, or the file's lines that are not blank. Raises InputError if there is none."""
     if (run.prompt is None) == (run.prompts is None):
         raise InputError("give either --prompt TEXT or --prompts FILE")
     if run.prompts is None:
@@ -65,8 +66,9 @@ def read_prompts(run: "Settings") -> list[str]:
 def draw(
     run: "Settings", captions: list[str], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> Int[Tensor, "P n h w"]:
+    """The codes of n pictures for each of P prompts."""
     params, cfg = checkpoint.load_model(run.model, device, dtype)
-    cfg = replace(cfg, masked_ids=(), ids=tokenizer.ids)  # mask_image_logits is for text: pictures are drawn here
+    cfg = replace(cfg, masked_ids=(), ids=tokenizer.ids)  # mask_image_logits is for text, and this draws pictures
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -88,7 +90,7 @@ def draw(
 def write(
     folder: Path, run: "Settings", captions: list[str], codes: Tensor, vq_params: vq.Params, vq_cfg: VQConfig
 ) -> int:
-    """One PNG per picture and a line about it in samples.jsonl; how many."""
+    """Write one PNG per picture and its line in samples.jsonl; returns the number of pictures."""
     said = ("width", "height", "seed", "guidance", "guidance_schedule", "top_k", "temperature", "min_p")
     common = {name: getattr(run, name) for name in said}
     lines = []
@@ -116,7 +118,7 @@ def _check(run: "Settings", captions: list[str], tokenizer: Tokenizer) -> None:
 
 
 def _drawable(run: "Settings", cfg: VQConfig, ids: Ids) -> Ids:
-    """The model's ids with the codes that the VQ has: a model that was trained on fewer codes draws no others."""
+    """The model's ids, limited to the codes that the VQ has. Raises InputError for codes of another size in pixels."""
     if cfg.downsampling != PIXELS_PER_CODE:
         raise InputError(
             f"{run.vq}: a code is {cfg.downsampling} pixels, the model in {run.model} wants {PIXELS_PER_CODE}; give its VQ"

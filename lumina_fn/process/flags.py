@@ -155,6 +155,8 @@ def _add(at: argparse._ArgumentGroup, flag: _Flag) -> None:
 
 
 def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 

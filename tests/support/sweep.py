@@ -61,6 +61,31 @@ SWEEPS = (
     "tests/experiments/test_notebooks.py::test_notebook_runs[4",
     "tests/experiments/test_notebooks.py::test_notebook_runs[5",
 )
+# Files that take longest: they come first, or a worker would play the last of them alone.
+LONGEST = (
+    "tests/experiments/finetuning/test_soak.py",
+    "tests/lumina_fn/disk/test_compile_cache.py",
+    "tests/lumina_fn/test_sharding.py",
+    "tests/test_pages.py",
+    "tests/lumina_fn/costs/test_footprint.py",
+    "tests/experiments/launching/test_launch.py",
+    "tests/experiments/launching/test_launch_safety.py",
+    "tests/experiments/finetuning/test_resume.py",
+    "tests/experiments/pretokenizing/test_pretokenize.py",
+    "tests/kernels/test_bench.py",
+    "tests/lumina_fn/state/test_saved_state.py",
+    "tests/experiments/test_notebooks.py",
+    "tests/lumina_fn/test_train.py",
+    "tests/experiments/finetuning/test_finetune.py",
+    "tests/experiments/finetuning/test_feature_folders.py",
+    "tests/lumina_fn/test_export.py",
+    "tests/experiments/planning/test_plan.py",
+    "tests/experiments/planning/test_memory.py",
+    "tests/bench/test_bench.py",
+    "tests/lumina_fn/state/test_damage.py",
+    "tests/test_wheel.py",
+    "tests/experiments/test_main.py",
+)
 TOGETHER = ("tests/test_pages.py::test_block_runs[docs/",)  # a page's blocks build on each other: a unit is a page
 
 
@@ -89,6 +114,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.nodeid.partition("::")[0], len(first)))
     if config.option.sweep == "all":
         return
     played = chosen({name for item in items if (name := unit(item.nodeid))}, int(config.option.sweep))

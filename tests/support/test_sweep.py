@@ -3,7 +3,7 @@
 import re
 
 from tests.support.paths import ROOT
-from tests.support.sweep import PARTS, SWEEPS, TOGETHER, chosen, unit
+from tests.support.sweep import LONGEST, PARTS, SWEEPS, TOGETHER, chosen, unit
 
 
 def test_all_parts_together_play_each_unit_once():
@@ -17,6 +17,10 @@ def test_the_blocks_of_a_page_are_one_unit():
     first, second = (unit(f"tests/test_pages.py::test_block_runs[docs/tutorial.md:{line}]") for line in (3, 40))
     assert first == second is not None
     assert unit("tests/test_pages.py::test_block_runs[README.md:3]") is None
+
+
+def test_the_longest_files_are_there():
+    assert [file for file in LONGEST if not (ROOT / file).exists()] == []
 
 
 def test_every_listed_name_is_a_test():

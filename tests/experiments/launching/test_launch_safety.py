@@ -121,7 +121,7 @@ def test_a_contradiction_ends_a_command_before_it_imports_torch(launch):
 
 
 @pytest.mark.parametrize("word", ["x", "99999", "", b"\xff\xfe", " 15", "15 ", "9", "-15", "0" * 5000])
-def test_only_the_numbers_of_two_signals_stop_a_run(word):
+def test_only_the_numbers_of_signals_that_ask_for_it_stop_a_run(word):
     store, over = dist.HashStore(), threading.Event()
     store.set("stop", word)
     store.set("in step 1", b"\xff")
@@ -139,6 +139,17 @@ def test_only_the_numbers_of_two_signals_stop_a_run(word):
     listener.join(2)
     assert stop.number == signal.SIGTERM
     assert [stop.before(step) for step in (9, 10)] == [False, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_every_signal_that_torchrun_passes_on_stops_a_run(number):
+    store = dist.HashStore()
+    stop = Stop(0, 1, store)
+    listener = threading.Thread(target=stop.listen, args=(threading.Event(),), daemon=True)
+    listener.start()
+    stop.ask(number)
+    listener.join(5)
+    assert stop.number == number
 
 
 def listening(pids) -> set[tuple[str, int]]:
