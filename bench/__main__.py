@@ -1,6 +1,6 @@
 """Everything that is compared: ceilings of this machine, then each row beside its peer, in one go.
 
-    make bench          all of it, about an hour; writes bench/results.json, the README's table and its chart
+    make bench          all of it, about an hour; writes bench/results.json, the READMEs' table and their chart
     make bench-quick    a few minutes: fewer sizes, runs and tokens; writes runs/bench-quick.json
 
 Each side computes in a fresh process with two threads, and sides take turns. A row that misses its target says so and why.
@@ -21,7 +21,8 @@ from lumina_fn.process import entry
 from lumina_fn.process.flags import parse
 
 RESULTS = Path(__file__).parent / "results.json"
-README, CHART = (RESULTS.parents[1] / name for name in ("README.md", "docs/speed.svg"))
+READMES = tuple(RESULTS.parents[1] / name for name in ("README.md", "README.zh-CN.md"))
+CHART = RESULTS.parents[1] / "docs/speed.svg"
 PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "language": language.rows,
     "decoding": decoding.rows,
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None) -> int:
     run.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(run.out, json.dumps(results, indent=1) + "\n")
     if run.out == RESULTS:
-        files.write_atomic(README, table.inserted(README.read_text(), results))
+        for readme in READMES:
+            files.write_atomic(readme, table.inserted(readme.read_text(), results))
         table.draw(CHART, results)
     met = [row["name"] for row in rows.values() if row["met"]]
     print(f"\n{len(met)} of {len(rows)} targets are met; {run.out}")

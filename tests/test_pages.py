@@ -19,7 +19,7 @@ from tests.support import project_copy
 from tests.support.project_copy import ROOT
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "reference" not in path.parts),
 ]
 CHINESE = {ROOT / "README.zh-CN.md": ROOT / "README.md"} | {

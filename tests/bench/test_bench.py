@@ -93,8 +93,9 @@ def results() -> dict:
 
 
 def test_the_readmes_table_is_that_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert table.inserted(readme, results()) == readme
+    for name in ("README.md", "README.zh-CN.md"):
+        readme = (ROOT / name).read_text()
+        assert table.inserted(readme, results()) == readme, name
 
 
 def test_the_results_hold_what_they_say():
