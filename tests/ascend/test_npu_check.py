@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_npu  # noqa: F401
 
-from experiments import npu_check
+from experiments.ascend import checks as npu_check
 from kernels import ascend
 from tests.ascend.npu_sim import NpuSim
 
