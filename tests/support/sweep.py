@@ -1,4 +1,4 @@
-"""Sweeps: long tests whose law a shorter test holds in every run. `make test` plays an eighth of them, another each time; `make test-all`
+"""Sweeps: long tests whose law a shorter test holds in every run. `make test` plays a twelfth of them, another each time; `make test-all`
 plays all. What is listed here is a beginning of test names; the law it widens stands behind it.
 """
 
@@ -7,8 +7,8 @@ import secrets
 
 import pytest
 
-PARTS = 8
-SWEEPS = (
+PARTS = 12
+SWEEPS: tuple[str, ...] = (
     # the law in every run: a damaged cache is emptied and compiled anew
     "tests/lumina_fn/disk/test_compile_cache.py::test_a_library_that_would_crash_is_not_loaded",
     "tests/lumina_fn/disk/test_compile_cache.py::test_a_place_that_is_a_file_keeps_nothing_and_stops_nothing",
@@ -21,7 +21,7 @@ SWEEPS = (
     # every op is measured and counted, uncompiled
     "tests/kernels/test_bench.py::test_every_op_compiles",
     "tests/kernels/test_bench.py::test_compiled_takes_its_turns",
-    # two processes equal one: every strategy uncompiled, fsdp compiled too
+    # two processes equal one: every strategy uncompiled; compiled, two ranks do what one process does (test_launch)
     "tests/lumina_fn/test_sharding.py::test_every_strategy_equals_one_process",
     "tests/lumina_fn/test_sharding.py::test_the_whole_step_compiled_equals_one_process",
     # one mesh restores what another saved
@@ -51,6 +51,23 @@ SWEEPS = (
     "tests/experiments/launching/test_launch_safety.py::test_ranks_that_torchrun_did_not_start_outlive_who_did",
     "tests/experiments/launching/test_launch_safety.py::test_nothing_in_torchruns_store_disturbs_a_run",
     "tests/experiments/launching/test_launch_safety.py::test_ranks_that_save_once_they_are_asked_to_stop_are_left_alone",
+    *(
+        f"tests/experiments/launching/test_launch_safety.py::test_a_stopped_process_does_not_outlive_its_run[{case}]"
+        for case in ("0-1", "1-0", "0-L1", "1-L0", "L0-1", "01-L", "L-01")
+    ),
+    # the command in the tests' own process; README's and the wheel's blocks run it as a program
+    "tests/experiments/finetuning/test_finetune.py::test_as_a_program",
+    # the plan's other tables on the same page
+    "tests/experiments/planning/test_plan.py::test_the_roofline_on_the_page_is_what_is_printed_and_what_plan_says",
+    # the same without an exchange
+    "tests/lumina_fn/disk/test_disk.py::test_a_kill_at_a_random_moment_leaves_one_of_them_whole[True]",
+    "tests/lumina_fn/costs/test_footprint.py::test_the_predicted_peak_is_within_15_percent_of_what_a_process_takes[3]",
+    # compiled pairs of the other ops; rms_norm, attention and linear_cross_entropy in every run
+    *(
+        f"tests/lumina_fn/test_custom_backward.py::test_gradients_are_what_the_backward_says[{op}-compiled pair]"
+        for op in ("qk_norm_rotary", "swiglu", "add_rms_norm", "packed_attention")
+    ),
+    "tests/bench/test_bench.py::test_sides_that_compute_something_else_are_not_timed",
     # a full disk ends finetune with one line [before]
     "tests/lumina_fn/state/test_damage.py::test_a_full_disk_ends_finetune_with_one_line[meanwhile]",
     "tests/bench/test_bench.py::test_our_side_of_the_language_rows_is_the_gradient_of_the_loss",
