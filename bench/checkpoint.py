@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench.harness import GB, Row, ratio, row
+from bench.harness import GB, Ratios, Row, ratio, row
 from experiments.launching import processes
 from lumina_fn import checkpoint, model, train
 from lumina_fn.config import ModelConfig
@@ -154,7 +154,7 @@ def rows(quick: bool) -> Iterator[Row]:
         {
             "blocked_share": "<= 0.2", "differing": "<= 0", "peak_of_allowed": "<= 1", "restoring_peak_of_allowed": "<= 1",
         },
-        wall=ratio(found["dcp.async_save"][1], total).median, rss=max(found["dcp.async_save"][3]) / max(above),
+        Ratios(wall=ratio(found["dcp.async_save"][1], total).median, rss=max(found["dcp.async_save"][3]) / max(above)),
         measured={
             "blocked_share": share.median, "blocked_spread": share[1:], "state_gb": state / GB, **others, "restoring": readers,
             "differing": sum(map(sum, (took[2] for took in read.values()))),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from bench.harness import GB, Row, Sample, ratio, row, timed
+from bench.harness import GB, Ratios, Row, Sample, ratio, row, timed
 from experiments.launching import processes
 from lumina_fn import model
 from lumina_fn.config import ModelConfig
@@ -123,7 +123,7 @@ def compare(name: str, pairs: int, remat: bool) -> Row:
     return row(
         name, "time and peak memory of a step, FullyShardedDataParallel / ours",
         {"wall_ratio": ">= 1.11", "rss_ratio": ">= 1", "losses_apart": "<= 1e-5", "norms_apart": "<= 1e-4"},
-        cpu=cpu.median, wall=wall.median, rss=peaks[1].peak / peaks[0].peak,
+        Ratios(cpu.median, wall.median, peaks[1].peak / peaks[0].peak),
         measured={
             "cpu_spread": cpu[1:], "wall_spread": wall[1:], "pairs": pairs, "losses_apart": loss, "norms_apart": norm,
             "our_wall_s": median(ours), "their_wall_s": median(theirs),

@@ -23,6 +23,8 @@ from lumina_fn.model import Head, Params, block, rope
 from lumina_fn.optim import AdamW
 from lumina_fn.vocab import IGNORE
 
+Z_WEIGHT = 1e-5  # train.make_train_step's default
+
 STRATEGIES = {
     "fsdp": ShardingStrategy.FULL_SHARD,
     "sdp": ShardingStrategy.SHARD_GRAD_OP,
@@ -71,7 +73,7 @@ def _head_loss(p: Head, x: Tensor, labels: Tensor, count: Tensor, *, cfg: ModelC
 
 def make_step(
     params: Params, cfg: ModelConfig, opt: AdamW, strategy: str, *,
-    z_weight: float = 1e-5, remat: bool = False, sync: bool = True,
+    remat: bool = False, sync: bool = True,
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:  # fmt: skip
     """step(batch) -> (loss, gradient norm) as train.make_train_step's, on the default process group. It keeps the state itself."""
     wrap = partial(
@@ -80,7 +82,7 @@ def make_step(
         device_id=torch.device("cpu"),
         backward_prefetch=None,  # nothing overlaps on a CPU: the unit that is gathered ahead would only take memory
     )
-    model = wrap(Model(params, cfg, wrap, z_weight=z_weight, remat=remat))
+    model = wrap(Model(params, cfg, wrap, z_weight=Z_WEIGHT, remat=remat))
     optimizer = torch.optim.AdamW(
         model.parameters(), opt.lr, (opt.b1, opt.b2), opt.eps, weight_decay=opt.decay, fused=True
     )

@@ -186,22 +186,32 @@ class Row(NamedTuple):
     reason: str  # what is not met, and what was found to limit it
 
 
+class Ratios(NamedTuple):
+    """Theirs over ours; None where there is no other side."""
+
+    cpu: float | None = None
+    wall: float | None = None
+    rss: float | None = None
+
+
+NONE = Ratios()
+
+
 def row(
-    name: str, means: str, target: Mapping[str, str], *, cpu: float | None = None, wall: float | None = None,
-    rss: float | None = None, measured: Mapping[str, Any], limit: str = "",
+    name: str, means: str, target: Mapping[str, str], ratios: Ratios = NONE, *, measured: Mapping[str, Any], limit: str = ""
 ) -> Row:  # fmt: skip
     """A row, judged; `limit` says what is known to stand in the way where a target is missed."""
     measured = {key: _rounded(value) for key, value in measured.items()}
-    ratios = {"cpu_ratio": _rounded(cpu), "wall_ratio": _rounded(wall), "rss_ratio": _rounded(rss)}
+    named = {f"{name}_ratio": _rounded(value) for name, value in ratios._asdict().items()}
     missed = [
         f"{key} is {value}, not {bound}"
         for key, bound in target.items()
-        if not holds(value := (ratios | measured)[key], bound)
+        if not holds(value := (named | measured)[key], bound)
     ]
     return Row(
         name,
         means,
-        **ratios,
+        **named,
         measured=measured,
         target=dict(target),
         met=not missed,
@@ -216,7 +226,7 @@ def speed_row(
     wall, cpu = speeds(ours, theirs)
     return row(
         name, "time and peak memory, theirs / ours", target,
-        cpu=cpu.median, wall=wall.median, rss=theirs.peak / ours.peak,
+        Ratios(cpu.median, wall.median, theirs.peak / ours.peak),
         measured={"cpu_spread": cpu[1:], "wall_spread": wall[1:], "pairs": len(ours.samples), **sides_of(ours, theirs), **measured},
         limit=limit,
     )  # fmt: skip

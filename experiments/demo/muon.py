@@ -29,8 +29,9 @@ def is_matrix(leaf: Tensor) -> bool:
 
 
 @torch.no_grad()
-def update(params, grads, mu, nu, step: int, matrix_lr: float, lr: float):
+def update(params, grads, moments, step: int, matrix_lr: float, lr: float):
     """New (params, mu, nu) after the step-th update, counted from 0; the given trees are written over."""
+    mu, nu = moments
     for p, g, m, v in zip(*map(pytree.tree_leaves, (params, grads, mu, nu)), strict=True):
         if is_matrix(p):
             m.mul_(MOMENTUM).add_(g)

@@ -141,7 +141,7 @@ def step(state: State, specs: list[shapes.Spec], s: Settings, cfg: VQConfig) -> 
         )
     grads, (square, z, codes) = gradients(state.params, image, cfg, s.commitment, n >= s.quantize_from)
     pace = min(1, (n + 1) / 20) * (1 - part)
-    params, mu, nu = muon.update(state.params, grads, state.mu, state.nu, n, pace * s.matrix_lr, pace * s.lr)
+    params, mu, nu = muon.update(state.params, grads, (state.mu, state.nu), n, pace * s.matrix_lr, pace * s.lr)
     state = state._replace(step=state.step + 1, params=params, mu=mu, nu=nu)
     if n >= s.quantize_from:
         state = follow(state, z, codes, part < s.revive_until, generator)
