@@ -42,7 +42,8 @@ SMALL = [
     "off",
 ]
 PLAN = "import sys; from experiments import plan; plan.main(sys.argv[1:])"
-USED = "import resource; used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime, used.ru_maxrss * 1024)"
+# Not ru_maxrss: that begins with the size of the process that started this one.
+USED = "import resource; from experiments.launching import processes; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, processes.peak())"
 
 
 def call(*flags: object, code: str = PLAN) -> str:

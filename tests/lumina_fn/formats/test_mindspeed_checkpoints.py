@@ -174,6 +174,7 @@ else:
     with FSDP.state_dict_type(root, StateDictType.SHARDED_STATE_DICT):
         state = root.state_dict()
 dcp.save({"model": state, "iteration": 5}, storage_writer=dcp.FileSystemWriter(out))
+dist.barrier()  # a rank that leaves first would break the other's connection
 dist.destroy_process_group()
 """
 
