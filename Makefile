@@ -30,7 +30,7 @@ test test-all test-fast ascend-test ascend-kernels: export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -p tests.ascend.ladder
 
 # Every law, and a part of the sweeps that widen them: another part each time, whose number is printed. SWEEP=3 plays part 3.
-SWEEP ?= part
+SWEEP ?= $(shell date +%s)
 test: setup .venv-npu/installed
 	$(BIN)/python $(PYTEST) --rungs 1,2 --sweep $(SWEEP)
 

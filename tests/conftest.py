@@ -12,7 +12,6 @@ from tests.support import shapes
 from tests.support.sweep import (  # noqa: F401  (pytest calls these)
     pytest_addoption,
     pytest_collection_modifyitems,
-    pytest_configure,
     pytest_terminal_summary,
 )
 

@@ -3,7 +3,6 @@ plays all. What is listed here is a beginning of test names; the law it widens s
 """
 
 import hashlib
-import secrets
 
 import pytest
 
@@ -120,14 +119,7 @@ def chosen(units: set[str], seed: int) -> set[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--sweep", default="all", help=f"sweeps: all, part (one of {PARTS}, at random), or a part's number"
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.option.sweep == "part":  # workers are given the number
-        config.option.sweep = str(secrets.randbelow(PARTS))
+    parser.addoption("--sweep", default="all", help=f"sweeps: all, or a number: its remainder by {PARTS} is the part")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,6 @@ from tests.support.paths import ROOT
 CODE = """
 import torch
 from lumina_fn.transform import inductor, jit
-torch._inductor.config.cpp_cache_precompile_headers = False  # they take longer than the code that uses them
 f = jit(lambda x, w: torch.nn.functional.silu(x @ w).sum(0) * 2 + x.amax(), inductor)
 print(f(torch.ones(8, 8), torch.full((8, 8), 2.0)).sum().item())
 """
