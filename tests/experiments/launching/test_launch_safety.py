@@ -447,6 +447,10 @@ def test_the_launcher_is_the_nearest_process_without_the_variable():
         ["sh", "-c", "sleep 1000; true"], env={**os.environ, "LUMINA_TEST": "1"}, start_new_session=True
     )
     try:
+        while not Path(
+            f"/proc/{shell.pid}/environ"
+        ).read_bytes():  # the kernel fills it in a moment after Popen returns
+            time.sleep(0.01)
         assert guard.launcher_above(shell.pid, "LUMINA_TEST") == me
         assert guard.launcher_above(shell.pid, "NO_SUCH_VARIABLE") is None  # a shell is no torchrun
     finally:
