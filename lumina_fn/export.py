@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with startup.importing():
         from lumina_fn.programs import folder
 
-    for line in folder.write(run):
-        print(line)
+    folder.write(run, print)
     return 0
 
 

@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
+from tests.support.installed import install, run
 from tests.support.paths import ROOT
 
 LINES = [line.split(maxsplit=1) for line in (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines() if line and line[0] not in "# "]  # fmt: skip
@@ -42,26 +41,11 @@ def test_what_is_copied_installs_and_answers(tmp_path):
             else:
                 shutil.copy(ROOT / source, copied / source)
     assert any("pip install --no-cache-dir --editable ." in line for line in of("RUN"))
-    venv.create(tmp_path / "venv", with_pip=False)
-    program = tmp_path / "venv/bin/python"
-    own = Path(subprocess.check_output([program, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())  # fmt: skip
-    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [
-        program,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--ignore-installed",
-    ]
-    subprocess.run([*pip, "--prefix", tmp_path / "venv", "--editable", copied], check=True, cwd=tmp_path)
+    program, _ = install(tmp_path / "venv", "--editable", copied)
     (entry,) = of("ENTRYPOINT")
-    said = subprocess.check_output([tmp_path / "venv/bin" / json.loads(entry)[0]], text=True, cwd=tmp_path)
+    said = run(tmp_path / "venv/bin" / json.loads(entry)[0], cwd=tmp_path)
     assert "finetune" in said
-    where = subprocess.check_output([program, "-c", "import lumina_fn; print(lumina_fn.__file__)"], text=True, cwd=tmp_path)  # fmt: skip
+    where = run(program, "-c", "import lumina_fn; print(lumina_fn.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(copied)
 
 

@@ -1,15 +1,13 @@
 """An installed wheel works away from the project: it is built, put into a fresh virtual environment, and used from another folder."""
 
-import os
 import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.support.installed import install, run
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,13 +18,6 @@ from experiments.demo import splits, tasks
 tasks.prepare(Path("data"), splits.fine_tuning()[:4])
 print(tasks.LM, tasks.VQ)
 """
-
-
-def run(*words: object, cwd: Path) -> str:
-    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([*map(str, words)], cwd=cwd, env=outside, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +55,7 @@ def test_what_is_in_it(wheel):
 
 
 def test_it_works_from_another_folder(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=False)
-    program = tmp_path / "venv/bin/python"
-    own = Path(run(program, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    # The dependencies are this environment's: a line of a .pth file adds a folder, and runs none of its own .pth files.
-    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(program, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--ignore-installed", "--prefix", tmp_path / "venv", wheel, cwd=tmp_path)  # fmt: skip
+    program, own = install(tmp_path / "venv", wheel)
     lumina, work = tmp_path / "venv/bin/lumina", tmp_path / "work"
     work.mkdir()
     where = run(

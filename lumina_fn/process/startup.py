@@ -26,8 +26,9 @@ def end_at_once(*_: object) -> None:
 
 
 def begin() -> None:
-    """Install the handlers for Ctrl-C and for failed allocation if `python -m` is importing this package; call it in __init__."""
-    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    """Install the handlers for Ctrl-C and for failed allocation if `python -m` or `lumina` imports this package; for __init__."""
+    command = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name == "lumina"
+    if command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
         sys.excepthook = _told
 

@@ -1,7 +1,7 @@
 """A folder of exported programs: a .pt2 file for each bucket of sizes, and report.json, which names inputs, outputs and ops."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,8 +96,8 @@ def functions(cfg: ModelConfig, run: "Settings", dtype: torch.dtype) -> dict[str
     }
 
 
-def write(run: "Settings") -> Iterator[str]:
-    """Write the new folder `run.out`; yields a line about each program. Raises InputError."""
+def write(run: "Settings", say: Callable[[str], None]) -> None:
+    """Write the new folder `run.out`; `say` receives a line about each program. Raises InputError."""
     cfg, (target, usual) = checkpoint.read_config(run.model), TARGETS[run.target]
     if (longest := max(run.tokens or (1,))) > cfg.max_positions:
         raise InputError(f"--tokens {longest}: {run.model} has {cfg.max_positions} positions; give no more")
@@ -108,7 +108,7 @@ def write(run: "Settings") -> Iterator[str]:
         for name, function in functions(cfg, run, dtype).items():
             told.append(save(export(function(), target), folder / name))
             total = sum(told[-1]["ops"].values())
-            yield printable(f"{name}: {total} ops of {len(told[-1]['ops'])} kinds, {told[-1]['parameters']} parameters")
+            say(printable(f"{name}: {total} ops of {len(told[-1]['ops'])} kinds, {told[-1]['parameters']} parameters"))
         checkpoint.write_json(
             folder / REPORT, {"what": run.what, "target": run.target, "torch": torch.__version__, "programs": told}
         )

@@ -47,11 +47,11 @@ SWEEPS: tuple[str, ...] = (
     "tests/experiments/launching/test_launch.py::test_killing_the_launcher_ends_all",
     "tests/experiments/launching/test_launch.py::test_starting_again_does_not_overwrite_what_was_there_before",
     "tests/experiments/launching/test_launch.py::test_scripts_for_one_launcher[ascend_slurm.sh]",
-    "tests/experiments/launching/test_launch_safety.py::test_ranks_that_torchrun_did_not_start_outlive_who_did",
+    "tests/experiments/launching/test_guard.py::test_ranks_that_torchrun_did_not_start_outlive_who_did",
     "tests/experiments/launching/test_launch_safety.py::test_nothing_in_torchruns_store_disturbs_a_run",
-    "tests/experiments/launching/test_launch_safety.py::test_ranks_that_save_once_they_are_asked_to_stop_are_left_alone",
+    "tests/experiments/launching/test_guard.py::test_ranks_that_save_once_they_are_asked_to_stop_are_left_alone",
     *(
-        f"tests/experiments/launching/test_launch_safety.py::test_a_stopped_process_does_not_outlive_its_run[{case}]"
+        f"tests/experiments/launching/test_guard.py::test_a_stopped_process_does_not_outlive_its_run[{case}]"
         for case in ("0-1", "1-0", "0-L1", "1-L0", "L0-1", "01-L", "L-01")
     ),
     # the command in the tests' own process; README's and the wheel's blocks run it as a program
@@ -85,6 +85,7 @@ LONGEST = (
     "tests/test_pages.py",
     "tests/lumina_fn/costs/test_footprint.py",
     "tests/experiments/launching/test_launch.py",
+    "tests/experiments/launching/test_guard.py",
     "tests/experiments/launching/test_launch_safety.py",
     "tests/experiments/finetuning/test_resume.py",
     "tests/experiments/pretokenizing/test_pretokenize.py",

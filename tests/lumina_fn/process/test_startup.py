@@ -5,19 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.support.paths import ROOT
 
 HELP = [sys.executable, "-m", "experiments.finetune", "--help"]
-TINY = [sys.executable, "-m", "experiments.dataset", "report", "experiments/demo/assets/lm/config.json"]
+REPORT = ["report", "experiments/demo/assets/lm/config.json"]
+TINY = [sys.executable, "-m", "experiments.dataset", *REPORT]
+LUMINA = [Path(sys.executable).with_name("lumina"), "dataset", *REPORT]
 
 
+@pytest.mark.parametrize("command", [TINY, LUMINA], ids=["python -m", "lumina"])
 @pytest.mark.parametrize("wait", [0.1, 0.2, 0.4, 0.7, 1.1, 1.6])
-def test_ctrl_c_while_a_command_imports(wait):
+def test_ctrl_c_while_a_command_imports(wait, command):
     """At once, without a traceback; before Python has read its own files there is nothing that could answer."""
-    child = subprocess.Popen(TINY, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(wait)
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
@@ -30,10 +34,17 @@ def shell(line: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["experiments.pretokenize x y --model m --vq v", "lumina_fn.convert x y --to hf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{sys.executable} -m experiments.pretokenize x y --model m --vq v",
+        f"{sys.executable} -m lumina_fn.convert x y --to hf",
+        f"{LUMINA[0]} convert x y --to hf",
+    ],
+)
 def test_memory_that_is_refused_while_a_command_imports(command):
     """PyTorch's library alone takes more; a program like it ends with Python's own exit code."""
-    ended = shell(f"ulimit -v 300000; {sys.executable} -m {command}")
+    ended = shell(f"ulimit -v 300000; {command}")
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
     assert ended.stderr.startswith("error: out of memory: ")
 
