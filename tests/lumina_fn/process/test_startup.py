@@ -78,3 +78,10 @@ assert not {"torch._dynamo", "torch._functorch.aot_autograd"} & set(sys.modules)
 def test_importing_the_package_changes_no_handler():
     code = "import signal; a = signal.getsignal(2); import lumina_fn, experiments; assert signal.getsignal(2) is a"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("word", "ends"), [("/usr/local/bin/lumina", True), ("/usr/bin/pytest", False)])
+def test_the_console_script_ends_at_once_from_its_first_import_on(word, ends):
+    code = f"import signal, sys; sys.argv = [{word!r}]; from lumina_fn.process import startup; print(signal.getsignal(2) is startup.end_at_once)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said == f"{ends}\n"
