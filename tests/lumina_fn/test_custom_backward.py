@@ -21,6 +21,7 @@ from lumina_fn.programs import graphs
 from lumina_fn.programs.graphs import CPU, Function
 from lumina_fn.transform import compiled_pair, eager_pair, inductor, jit, keep_graph, remat
 from ops.rms_norm import _RMSNorm
+from tests.lumina_fn.test_transform import Tripled
 from tests.ops.test_ops import CASES, EPS, FIRST, QKV, angles
 
 # Each op as a function of tensors alone, what it is differentiated by, and the others: tracing takes no constants.
@@ -154,29 +155,13 @@ def test_graph_holds_the_backward_and_nothing_of_the_forward(name, how):
         assert calls == {f"{name}_fwd": 1, KEPT[name]: 1}
 
 
-class Thrice(torch.autograd.Function):
-    """x squared, whose backward lies: 3 dy."""
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, dy):
-        return 3 * dy
-
-
 def test_torch_compile_alone_still_drops_it():
     """Why lumina_fn.transform.jit traces first. Of an op of ours it leaves zeros, of a formula the forward's own derivative."""
     mended = (
         "torch.compile(torch.func.grad(f)) keeps a custom backward now: transform.jit need not trace first any more"
     )
     x = torch.tensor([1.0, 2.0, 5.0])
-    lies = grad(lambda x: Thrice.apply(x).sum())
+    lies = grad(lambda x: Tripled.apply(x).sum())
     gain = torch.ones(3)
     norm = grad(lambda x: (_RMSNorm.apply(x, gain, EPS)[0] * torch.arange(3.0)).sum())
     assert lies(x).tolist() == [3.0, 3.0, 3.0]
