@@ -46,7 +46,7 @@ def saving(rank: int, size: int, cfg: ModelConfig, folder: Path, rounds: int) ->
     tensors = _dtensors(_parts(state))
 
     barrier = partial(dist.barrier, group)
-    ours = lambda place: checkpoint.save(place, 0, state, {}, mesh, barrier=barrier).wait
+    ours = lambda place: checkpoint.save(place, state, {}, mesh, barrier=barrier).wait
     async_save = lambda place: dcp.async_save(tensors, checkpoint_id=place, process_group=group).result
 
     def sync_save(place: Path) -> Waiting:

@@ -114,16 +114,15 @@ def save_model(
     cfg: ModelConfig,
     *,
     source: str | Path | None = None,
-    overwrite: bool = False,
     dtype: torch.dtype | None = None,
     mesh: Mesh | None = None,
 ) -> None:
     """Write a native folder, atomically; the tokenizer's files and the Hugging Face config are copied from the folder `source`.
 
-    Tensors are stored as `dtype` (None: as they are). With a mesh every rank calls this with its parts, and rank 0 writes:
+    Raises InputError for an existing path. Tensors are stored as `dtype` (None: as they are). With a mesh every rank calls this with its parts, and rank 0 writes:
     units are gathered one at a time, and a whole model is never held.
     """
-    _write_model(lambda: files.new_folder(path, KIND, overwrite), params, cfg, source, dtype, mesh)
+    _write_model(lambda: files.new_folder(path, KIND), params, cfg, source, dtype, mesh)
 
 
 def renew_model(

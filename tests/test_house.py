@@ -148,8 +148,6 @@ MANY = {
     "lumina_fn/sample.py generate": "the public contract",
     "lumina_fn/train.py make_train_step": "the public contract",
     "lumina_fn/loss.py loss": "the public contract, and two seams",
-    "lumina_fn/checkpoint.py save_model": "the public contract, and what is written beside the weights",
-    "lumina_fn/state/saved_state.py save": "a checkpoint, its place on a mesh, and what stays beside it",
 }
 
 

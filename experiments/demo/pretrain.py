@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 share = accuracy(state.params, cfg, tokens, vq_params, vq_cfg, splits.settings(), **settings)
                 print(f"{n + 1} {time.time() - begun:.0f} s exact on the settings' prompts {share:.3f}", flush=True)
         narrow = pytree.tree_map(lambda p: p.to(torch.bfloat16), state.params)
-        checkpoint.save_model(s.out / "model", narrow, cfg, source=folder, overwrite=True)
+        checkpoint.renew_model(s.out / "model", narrow, cfg, source=folder)
     print(json.dumps({"settings": {k: str(v) for k, v in asdict(s).items()}, "seconds": round(time.time() - begun)}))
 
 

@@ -53,7 +53,7 @@ class Checkpoints:
         self, folder: Path, settings: Any, steps: range, mesh: Mesh | None, world: World, about: Mapping[str, Any]
     ):
         self.folder, self.every = folder, settings.save_every
-        self.keep, self.keep_every = settings.keep, settings.keep_every
+        self.keep = manifest.Keep(settings.keep, settings.keep_every)
         self.steps, self.mesh, self.world, self.about = steps, mesh, world, about
         self.totals: Mapping[str, float] = {}  # sums of the metrics so far, saved in the next checkpoint
         self.last = steps.start  # the step that was saved last, or that the run started from
@@ -73,9 +73,7 @@ class Checkpoints:
         if step == self.last or not self.every or not is_good(state, self.world):
             return
         meta = {**self.about, "totals": dict(self.totals), "data": {"steps": step}}
-        self._saving = saved_state.save(
-            self.folder, step, state, meta, self.mesh, barrier=self._barrier, keep=self.keep, keep_every=self.keep_every
-        )
+        self._saving = saved_state.save(self.folder, state, meta, self.mesh, barrier=self._barrier, keep=self.keep)
         self.last = step
 
     def wait(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError, printable
@@ -121,13 +121,23 @@ def commit(folder: Path, step: int, content: dict[str, Any]) -> None:
         files.retire(tmp, final, lambda path: is_ours(f"{step}/{path}"))
 
 
-def prune(folder: Path, keep: int | None, every: int | None) -> None:
-    """Remove all but the last `keep` checkpoints (None: all stay) and those of each multiple of `every` steps.
+class Keep(NamedTuple):
+    """Which checkpoints of a run stay: the newest `last` (None: all), and those of each multiple of `every` steps."""
+
+    last: int | None = None
+    every: int | None = None
+
+
+EVERYTHING = Keep()
+
+
+def prune(folder: Path, keep: Keep) -> None:
+    """Remove the checkpoints that are not kept.
 
     A checkpoint that contains files of others stays, with a warning.
     """
-    for step in [] if keep is None else steps(folder)[:-keep]:
-        if every is None or step % every:
+    for step in [] if keep.last is None else steps(folder)[: -keep.last]:
+        if keep.every is None or step % keep.every:
             _remove(folder / str(step))
 
 

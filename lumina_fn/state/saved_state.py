@@ -26,7 +26,7 @@ from lumina_fn.formats import names
 from lumina_fn.formats.tensor_files import Later
 from lumina_fn.sharding import Mesh, Sharded
 from lumina_fn.state import manifest, orbax_bridge
-from lumina_fn.state.manifest import Damaged, Unusable
+from lumina_fn.state.manifest import Damaged, Keep, Unusable
 from lumina_fn.train import TrainState
 
 Shapes = dict[str, tuple[int, ...]]  # by tree path
@@ -55,16 +55,16 @@ class Saving:
 
 
 def save(
-    folder: str | Path, step: int, state: TrainState, meta: dict[str, Any], mesh: Mesh | None = None, *,
-    barrier: Callable[[], None] = lambda: None, keep: int | None = None, keep_every: int | None = None,
+    folder: str | Path, state: TrainState, meta: dict[str, Any], mesh: Mesh | None = None, *,
+    barrier: Callable[[], None] = lambda: None, keep: Keep = manifest.EVERYTHING,
 ) -> Saving:  # fmt: skip
-    """Write a checkpoint of a state while training continues; returns when the state is copied and may be overwritten.
+    """Write a checkpoint, named by its step, while training continues; returns when the state is copied and may be overwritten.
 
     Every rank of a mesh calls this with its part; `barrier`, called from a thread of its own, waits for all of them. One
-    checkpoint at a time. `meta` is any JSON value. Afterwards all but the last `keep` checkpoints (None: all stay) and multiples of
-    keep_every are removed. Raises InputError if there is no room; earlier checkpoints then stay.
+    checkpoint at a time. `meta` is any JSON value. Afterwards the checkpoints that `keep` does not name are
+    removed. Raises InputError if there is no room; earlier checkpoints then stay.
     """
-    folder = Path(folder).absolute()
+    folder, step = Path(folder).absolute(), int(state.step)
     ocp, handler = orbax_bridge.load()
     rank, parts = (0, 1) if mesh is None else (mesh.rank, mesh.shards[1])
     tmp = manifest.unfinished(folder, step)
@@ -97,7 +97,7 @@ def save(
             if rank == 0:
                 with _disk_errors(folder, step):
                     manifest.commit(folder, step, content)
-                    manifest.prune(folder, keep, keep_every)
+                    manifest.prune(folder, keep)
             barrier()
         except Exception as error:  # raised again by Saving.wait
             errors.append(error)

@@ -241,7 +241,7 @@ def test_a_saved_model_comes_back_the_same(tmp_path, dtype):
     assert identical(names.flatten(back), names.flatten(params))
     with pytest.raises(InputError, match="exists"):
         checkpoint.save_model(tmp_path / "n", params, cfg)
-    checkpoint.save_model(tmp_path / "n", params, replace(cfg, masked_ids=()), overwrite=True)
+    checkpoint.renew_model(tmp_path / "n", params, replace(cfg, masked_ids=()))
     assert checkpoint.load_model(tmp_path / "n")[1].masked_ids == ()
 
 

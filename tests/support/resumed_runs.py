@@ -51,11 +51,11 @@ def assert_same_bits(a, b) -> None:
         assert torch.equal(x, y)
 
 
-def random_state(seed: int = 0) -> train.TrainState:
+def random_state(seed: int = 0, step: int = 9) -> train.TrainState:
     state = train.init_state(model.init(TINY, seed=seed), OPT)
     generator = torch.Generator().manual_seed(seed)
     noise = lambda tree: pytree.tree_map(lambda x: torch.randn(x.shape, generator=generator), tree)
-    return state._replace(step=torch.tensor(9), mu=noise(state.mu), nu=noise(state.nu), skipped=torch.tensor(2))
+    return state._replace(step=torch.tensor(step), mu=noise(state.mu), nu=noise(state.nu), skipped=torch.tensor(2))
 
 
 def cut(state: train.TrainState, mesh) -> train.TrainState:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 def two_ranks(rank: int, size: int, folder: Path) -> None:
     mesh = sharding.Mesh(dist.group.WORLD, rank, size)
     for step in (1, 2):
-        checkpoint.save(folder, step, cut(random_state(), mesh), {}, mesh, barrier=lambda: dist.barrier()).wait()
+        checkpoint.save(folder, cut(random_state(step=step), mesh), {}, mesh, barrier=lambda: dist.barrier()).wait()
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +187,7 @@ def test_what_a_killed_run_left_is_not_listed_and_goes(written, tmp_path):
 def test_machines_without_a_shared_disk_are_told(tmp_path):
     """Where another machine's shard does not arrive, nothing gets the name of a checkpoint."""
     mesh = sharding.Mesh("none", 0, 2)
-    saving = checkpoint.save(tmp_path, 1, cut(random_state(), mesh), {}, mesh)
+    saving = checkpoint.save(tmp_path, cut(random_state(step=1), mesh), {}, mesh)
     with pytest.raises(InputError, match=r"shard_00001\.json did not arrive"):
         saving.wait()
     assert checkpoint.steps(tmp_path) == []
@@ -212,16 +212,16 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of what it could not write
 def test_a_full_disk_is_said_and_older_checkpoints_stay(mounted, monkeypatch):
     folder = mounted("size=800k") / "checkpoints"
-    state = random_state()
+    state = random_state(step=1)
     with pytest.raises(InputError, match="MB are free: make room"):
-        checkpoint.save(folder, 1, state, {})
+        checkpoint.save(folder, state, {})
     assert not folder.exists()
     # What was free when it began is taken by somebody else meanwhile.
     monkeypatch.setattr("lumina_fn.state.saved_state.ROOM", -(1 << 40))
-    checkpoint.save(folder, 1, state, {}).wait()
+    checkpoint.save(folder, state, {}).wait()
     (folder.parent / "other").write_bytes(bytes(shutil.disk_usage(folder).free - 8192))
     with pytest.raises(InputError, match=r"cannot write checkpoint 2 .*no space left; the last one there is 1"):
-        checkpoint.save(folder, 2, state, {}).wait()
+        checkpoint.save(folder, random_state(step=2), {}).wait()
     manifest.tidy(folder)  # a thread of Orbax may have written on while what it wrote was removed
     assert [p.name for p in folder.iterdir()] == ["1"]
     assert checkpoint.verify(folder) == {1: None}
@@ -254,14 +254,14 @@ def test_a_full_disk_ends_finetune_with_one_line(inputs, mounted, tmp_path, firs
 def test_a_disk_that_may_not_be_written_is_said(mounted, monkeypatch):
     folder = mounted("size=1m") / "checkpoints"
     monkeypatch.setattr("lumina_fn.state.saved_state.ROOM", 0)
-    checkpoint.save(folder, 1, random_state(), {}).wait()
+    checkpoint.save(folder, random_state(step=1), {}).wait()
     (folder / ".9.tmp").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
     for change in (manifest.tidy, lambda folder: manifest.set_aside(folder, 0)):
         with pytest.raises(InputError, match=r"cannot write .*[Rr]ead-only"):
             change(folder)
     with pytest.raises(InputError, match=r"cannot write .*[Rr]ead-only"):
-        checkpoint.save(folder, 2, random_state(), {}).wait()
+        checkpoint.save(folder, random_state(step=2), {}).wait()
     assert checkpoint.verify(folder) == {1: None}
 
 
