@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from experiments.devices import EnvCheck
 from lumina_fn.errors import InputError
@@ -30,6 +30,9 @@ class Report:
     model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
     size: Annotated[int, "for DATA.json: the --size that pretokenize will use"] = 768
+    pictures: Annotated[Literal["as-seen", "as-stored"], "for DATA.json: the --pictures that pretokenize will use"] = (
+        "as-seen"
+    )
     samples: Annotated[int, "number of pictures shown, drawn at random", Range(0, 10**4)] = 12
     seed: Annotated[int, "random seed of that draw; for DATA.json also the --seed that pretokenize will use", SEED] = 0
     near: Annotated[bool, "look for near-duplicates; for FEATURES this reads or decodes every picture"] = True

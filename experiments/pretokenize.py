@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from experiments.devices import EnvCheck
 from experiments.launching import start
@@ -39,6 +39,10 @@ class Settings:
         "pixels, a multiple of 32: pictures are cropped to an area of about size x size, near their own aspect ratio",
     ] = 768
     image_root: Annotated[Path | None, "second folder that may hold pictures (the first is that of DATA)"] = None
+    pictures: Annotated[
+        Literal["as-seen", "as-stored"],
+        "as-seen: upright, in sRGB and with 8 bits, as a viewer shows them; as-stored: what the files' numbers are, as the reference reads them",
+    ] = "as-seen"
     seed: Annotated[int, "random seed: it chooses the prompts that state the picture's size", SEED] = 0
     longest_caption: Annotated[
         int,

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from lumina_fn import as_seen
 from lumina_fn.errors import printable
 
 SIDE = 160  # pixels of a picture shown
@@ -29,7 +30,7 @@ svg { width: 340px; height: 170px } .pictures img { max-width: 160px; max-height
 
 def page(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Image.Image]]) -> str:
     """The page. `pictures` holds, by row, the pictures that can be shown. All text from a dataset is escaped."""
-    counts = report["counts"]
+    counts, notes = report["counts"], report["notes"]
     parts = [
         f"<h1>{_text(report['source'])}</h1>",
         _table([("rows", counts["rows"]), ("done" if report["kind"] == "features" else "usable", counts["done"]),
@@ -38,6 +39,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Image.Image]
         _section("Tokens", _plots([("tokens of an item", report["tokens"]["item"]),
                                    ("tokens before the picture", report["tokens"]["text"])])),
         _section("Sizes", _sizes(report["sizes"])),
+        *([_section("Pictures", _table([(as_seen.SAID[note], len(rows)) for note, rows in notes.items()]))] if notes else []),
         _section("Prompts", _prompts(report["prompts"])),
         _section("Equal files", _groups(report["pictures"]["exact"], pictures)),
         _section(

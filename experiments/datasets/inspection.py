@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.datasets.duplicates import Fingerprint, fingerprint
 from experiments.pretokenizing.rows import Recipe, prepare
-from lumina_fn import data, images
+from lumina_fn import as_seen, data, images
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
@@ -39,6 +39,7 @@ class Look(NamedTuple):
     text: int | None = None  # tokens before the picture
     text_sha256: bytes | None = None  # of these tokens, where they are stored
     item: int | None = None  # its place in the feature set
+    notes: frozenset[str] = frozenset()  # of `as_seen.NOTES`
 
     @property
     def tokens(self) -> int | None:
@@ -49,30 +50,37 @@ class Look(NamedTuple):
         return self.text + image_length(height, width) + 1
 
 
-def at_row(
-    index: int, value: Any, roots: Sequence[Path], size: int, tokenizer: Tokenizer | None, seed: int = 0
-) -> Look:
-    """The row as pretokenize would take it with this size and seed; without a tokenizer captions and size tokens are not checked."""
+class Reading(NamedTuple):
+    """How pretokenize would read the pictures."""
+
+    roots: Sequence[Path]  # folders that may hold them
+    size: int
+    seen: bool
+
+
+def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, seed: int = 0) -> Look:
+    """The row as pretokenize would take it with this seed; without a tokenizer captions and size tokens are not checked."""
     look = Look(index, *(text if isinstance(text, str) else None for text in written(value)))
     if tokenizer is None:
-        return _without_tokens(look, value, roots, size)
-    made = prepare(index, value, Recipe(roots, tokenizer, size, seed))
+        return _without_tokens(look, value, how)
+    made = prepare(index, value, Recipe(how.roots, tokenizer, how.size, seed, seen=how.seen))
     if isinstance(made, Rejected):
         return look._replace(reason=made.reason)
     return look._replace(
         source=made.source, crop=made.image.size, sha256=made.sha256.hex(), fingerprint=fingerprint(made.image),
-        text=len(made.text),
+        text=len(made.text), notes=as_seen.named(made.notes),
     )  # fmt: skip
 
 
-def _without_tokens(look: Look, value: Any, roots: Sequence[Path], size: int) -> Look:
+def _without_tokens(look: Look, value: Any, how: Reading) -> Look:
     try:
-        loaded = images.load(dataset.find(dataset.row(value).file, roots), size)
+        loaded = images.load(dataset.find(dataset.row(value).file, how.roots), how.size, seen=how.seen)
     except InputError as error:
         return look._replace(reason=str(error))
     return look._replace(
-        source=loaded.source, crop=loaded.image.size, sha256=loaded.sha256.hex(), fingerprint=fingerprint(loaded.image)
-    )
+        source=loaded.source, crop=loaded.image.size, sha256=loaded.sha256.hex(),
+        fingerprint=fingerprint(loaded.image), notes=as_seen.named(loaded.notes),
+    )  # fmt: skip
 
 
 def written(value: Any) -> tuple[Any, Any]:
@@ -103,6 +111,7 @@ def at_entry(
 ) -> Look:
     """The row of a manifest's entry. Its prompt is taken from `rows`; `picture`, if given, loads or decodes its picture."""
     look = Look(entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry["sha256"], item=entry["item"])
+    look = look._replace(notes=frozenset(entry.get("notes", ())))
     if rows is not None and look.row < len(rows):
         file, caption = written(rows[look.row])
         if file == look.file and isinstance(caption, str):
@@ -156,4 +165,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     if entry.get("status") == "quarantined":
         return isinstance(entry.get("file"), str | None) and isinstance(entry.get("reason"), str)
+    notes = entry.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        return False
     return entry.get("status") == "done" and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))

@@ -92,8 +92,9 @@ def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
     """Every row of DATA.json, and the function that loads its picture."""
     rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
-    look = lambda i: inspection.at_row(i, rows[i], roots, run.size, tokenizer, run.seed)
-    return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(roots, run.size)]
+    how = inspection.Reading(roots, run.size, run.pictures == "as-seen")
+    look = lambda i: inspection.at_row(i, rows[i], how, tokenizer, run.seed)
+    return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(how)]
 
 
 def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
@@ -102,7 +103,9 @@ def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
     manifest = inspection.read_manifest(done.features)
     show: list[Picture] = []
     if run.data:
-        show.append(_source_pictures(_roots(run.data, run.image_root), done.features.origin.size))
+        origin = done.features.origin
+        how = inspection.Reading(_roots(run.data, run.image_root), origin.size, origin.pictures == "as-seen")
+        show.append(_source_pictures(how))
     if run.vq:
         show.append(_decoded_pictures(run, done.features))
     rows = dataset.read_rows(run.data) if run.data else None
@@ -115,9 +118,9 @@ def _roots(path: Path, image_root: Path | None) -> list[Path]:
     return [path.parent, *([image_root] if image_root else [])]
 
 
-def _source_pictures(roots: Sequence[Path], size: int) -> Picture:
+def _source_pictures(how: inspection.Reading) -> Picture:
     def source(look: Look) -> Image.Image:
-        loaded = images.load(dataset.find(look.file, roots), size)
+        loaded = images.load(dataset.find(look.file, how.roots), how.size, seen=how.seen)
         if look.sha256 not in (loaded.sha256.hex(), None):
             raise InputError(f"{look.file} changed")
         return loaded.image

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.datasets import duplicates
 from experiments.datasets.inspection import Look
+from lumina_fn import as_seen
 from lumina_fn.errors import printable
 
 FORMAT = "lumina_fn/report/1"
@@ -43,6 +44,11 @@ def summary(source: str, kind: str, looks: Sequence[Look], distance: int, sample
         },
         "prompts": _prompts(looks, done),
         "pictures": _pictures(done, distance),
+        "notes": {
+            name: [{"row": look.row, "file": look.file} for look in done if name in look.notes]
+            for name in as_seen.NOTES
+            if any(name in look.notes for look in done)
+        },
         "samples": [{"row": look.row, "file": look.file, "prompt": look.prompt} for look in sampled],
     }
 
@@ -139,6 +145,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         if values:
             yield f"{title}: {_quantiles(values)}"
             yield from _bars(values["histogram"], lambda edge: f"{edge}")
+    for note, rows in report["notes"].items():
+        yield f"pictures {as_seen.SAID[note]}: {len(rows)}"
+        yield from _some([f"row {r['row']} ({r['file']})" for r in rows])
     yield f"prompts: {prompts['known']} known, {prompts['empty']} empty, {_groups(prompts['duplicates'])} that are equal"
     said = [(f" {d['prompt']!r:.100}" if d["prompt"] else "", d["rows"]) for d in prompts["duplicates"]]
     yield from _some([f"{len(rows)} times{text}: rows {_rows(rows)}" for text, rows in said])

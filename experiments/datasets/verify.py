@@ -106,7 +106,9 @@ def _compare(entry: dict, value: Any, item: int, made: Made, allow: float) -> Co
         row = dataset.row(value)
         if row.file != entry["file"]:
             return changed(f"the row names {row.file} now")
-        loaded = images.load(dataset.find(row.file, roots), features.origin.size)
+        loaded = images.load(
+            dataset.find(row.file, roots), features.origin.size, seen=features.origin.pictures == "as-seen"
+        )
         if entry["sha256"] not in (digest := loaded.sha256.hex(), None):
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
     except InputError as error:

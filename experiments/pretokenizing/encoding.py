@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.pretokenizing.shard_claims import Shard
-from lumina_fn import images
+from lumina_fn import as_seen, images
 from lumina_fn.features.shards import Feature, Rejected
 
 WINDOW = 16  # batches read ahead, to find pictures of equal size
@@ -32,6 +32,7 @@ class Prepared(NamedTuple):
     image: Image.Image
     source: tuple[int, int]
     sha256: bytes
+    notes: frozenset[int]  # of `as_seen.NOTES`
 
 
 class Tally(NamedTuple):
@@ -98,7 +99,9 @@ def encode_shards(
                     start = time.perf_counter()
                     codes |= {p.row: c for p, c in zip(part, work.encode(tensor), strict=True)}
                     busy += time.perf_counter() - start
-                features += [Feature(p.row, p.text, codes[p.row], p.sha256, p.source) for p in good]
+                features += [
+                    Feature(p.row, p.text, codes[p.row], p.sha256, p.source, as_seen.bits(p.notes)) for p in good
+                ]
                 rows += len(window)
                 progress(len(window))
             writing.append(writer.submit(_written, work.write, shard, features, rejected, release))

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from experiments.pretokenizing import shard_claims
 from experiments.pretokenizing.shard_claims import Shard
-from lumina_fn import images
+from lumina_fn import as_seen, images
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import shards
@@ -25,7 +25,7 @@ def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
     told = []
     for number, begin in enumerate(range(0, len(rows), size)):
         part = range(begin, min(begin + size, len(rows)))
-        made_from = [shards.FORMAT, asdict(origin), begin, rows[begin : part.stop]]
+        made_from = [shards.FORMAT, origin.settings(), begin, rows[begin : part.stop]]
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         told.append(Shard(number, shards.name(number, key), part))
     return told
@@ -39,7 +39,7 @@ def begin(out: Path, origin: Origin, planned: list[Shard], *, overwrite: bool, s
             marks.check(out, shards.KIND, is_ours)
             files.empty(out, is_ours)
         files.remove_unfinished(out)
-        made = json.dumps({**asdict(origin), "shard": shard}, indent=1) + "\n"
+        made = json.dumps({**origin.settings(), "shard": shard}, indent=1) + "\n"
         if (out / ORIGIN).exists():
             _same(out, json.loads(made))
         elif others := sorted(path.name for path in out.iterdir() if path.name != marks.NAME):
@@ -69,14 +69,17 @@ def _same(out: Path, now: dict[str, Any]) -> None:
         then = reading.json_object(out / ORIGIN, "the settings that a feature set was begun with")
     except InputError as error:
         raise InputError(f"{error}; give another place, or --overwrite to start afresh") from error
+    stored = {"pictures": "as-stored"}  # what older versions did
+    then, now = stored | then, stored | now
     if wrong := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
         raise InputError(
             f"{out} was begun otherwise: {'; '.join(wrong)}; give another place, or --overwrite to start afresh"
         )
 
 
-def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]) -> list[Rejected]:
-    """Write the index and the manifest of all shards, and remove shards of an earlier state of the set; returns the rejected rows."""
+def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]) -> tuple[list[Rejected], Counter[str]]:
+    """Write the index and the manifest of all shards, and remove shards of an earlier state of the set; returns the rejected rows, and how many of the others
+    each note is true of."""
     known = _checksums(out)
     read = [
         (
@@ -102,7 +105,8 @@ def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any])
         for path in list(out.iterdir()):
             if path.name not in kept and shards.is_ours(path.name) and path.is_file() and not path.is_symlink():
                 path.unlink()
-    return rejected
+    notes = Counter(name for _, content, _ in read for bits in content.notes.tolist() for name in as_seen.names(bits))
+    return rejected, notes
 
 
 def _checksums(out: Path) -> dict[str, str | None]:

@@ -25,6 +25,7 @@ class Recipe(NamedTuple):
     size: int  # pixels; pictures become about size x size
     seed: int  # chooses the prompts that state the picture's size
     longest: int = LONGEST_CAPTION  # characters of a caption
+    seen: bool = True  # pictures are read as their viewers show them, not as their files store them
 
 
 def prepare(index: int, value: Any, recipe: Recipe) -> Prepared | Rejected:
@@ -34,7 +35,7 @@ def prepare(index: int, value: Any, recipe: Recipe) -> Prepared | Rejected:
         row = dataset.row(value)
         if problem := prompt.caption_problem(tokenizer, row.prompt, recipe.longest):
             raise InputError(problem)
-        loaded = images.load(dataset.find(row.file, recipe.roots), recipe.size)
+        loaded = images.load(dataset.find(row.file, recipe.roots), recipe.size, seen=recipe.seen)
         prompt.check_size(tokenizer, *loaded.image.size)
     except InputError as error:
         file = value.get("file") if isinstance(value, dict) else None

@@ -22,7 +22,7 @@ from experiments.pretokenizing import folder, shard_claims
 from experiments.pretokenizing.encoding import Encode, Tally, Work, encode_shards
 from experiments.pretokenizing.rows import Recipe, prepare
 from experiments.pretokenizing.shard_claims import Shard
-from lumina_fn import checkpoint, data, errors, images, prompt, vq
+from lumina_fn import as_seen, checkpoint, data, errors, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import places
 from lumina_fn.errors import InputError
@@ -49,7 +49,7 @@ def main(run: "Settings", world: World) -> None:
             f"{run.vq}: {vq_cfg.codes} codes of {vq_cfg.downsampling} pixels; "
             f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
         )
-    origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params))
+    origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params), run.pictures)
     planned = folder.plan(rows, origin, run.shard)
     if run.overwrite and out.exists():
         roots = _roots(run)
@@ -63,7 +63,7 @@ def main(run: "Settings", world: World) -> None:
         world.barrier()
         busy, wall, done_here = (world.total(round(1000 * x)) / 1000 for x in (tally.busy, tally.wall, tally.rows))
         if world.rank == 0:
-            rejected = folder.finish(out, origin, planned, rows)
+            rejected, notes = folder.finish(out, origin, planned, rows)
     if world.rank != 0:
         return
     if len(rejected) == len(rows):
@@ -78,6 +78,8 @@ def main(run: "Settings", world: World) -> None:
         else ""
     )
     print(errors.printable(f"{len(rows) - len(rejected)} done, {len(rejected)} quarantined: {run.out}{rate}"))
+    if notes:
+        print("; ".join(f"{notes[name]} {as_seen.SAID[name]}" for name in as_seen.NOTES if name in notes))
 
 
 def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
@@ -92,7 +94,7 @@ def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
 
 
 def _work(run: "Settings", out: Path, rows: Sequence[Any], tokenizer: Tokenizer, encode: Encode) -> Work:
-    recipe = Recipe(_roots(run), tokenizer, run.size, run.seed, run.longest_caption)
+    recipe = Recipe(_roots(run), tokenizer, run.size, run.seed, run.longest_caption, run.pictures == "as-seen")
 
     def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
         with places.writable(out):

@@ -19,6 +19,7 @@ from jaxtyping import Int, Integer, UInt8
 from msgspec import Meta
 from safetensors.numpy import load, save
 
+from lumina_fn import as_seen
 from lumina_fn.disk import files, reading, untrusted_folder
 from lumina_fn.errors import InputError
 from lumina_fn.features.parts import EXPECTED, Parts, whole
@@ -44,6 +45,7 @@ class Feature(NamedTuple):
     codes: Integer[np.ndarray, "h w"]
     sha256: bytes = bytes(32)  # of the picture's file; zeros: unknown
     source: tuple[int, int] = (0, 0)  # width and height of the picture before it was cut; zeros: unknown
+    notes: int = 0  # bit n: `as_seen.NOTES[n]` is true of the picture
 
 
 class Rejected(NamedTuple):
@@ -63,6 +65,12 @@ class Origin:
     ids: Ids
     tokenizer: str  # fingerprint
     vq: str  # fingerprint; empty: unknown
+    pictures: Literal["as-seen", "as-stored"] = "as-stored"  # how files were read; sets of older versions do not say it
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, of which names of shards are made; without `pictures` if it is the older versions' only way."""
+        fields = asdict(self)
+        return fields if self.pictures == "as-seen" else {k: v for k, v in fields.items() if k != "pictures"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ class Content(NamedTuple):
     lengths: Int[np.ndarray, "n 3"]  # text ids, rows of codes, columns
     sha256: UInt8[np.ndarray, "n 32"]
     sources: Int[np.ndarray, "n 2"]
+    notes: UInt8[np.ndarray, " n"]
     rejected: list[Rejected]
     largest_id: int  # of all items; -1 if there are none
 
@@ -125,6 +134,8 @@ def write(path: Path, features: Sequence[Feature], rejected: Sequence[Rejected],
         "codes": end_to_end([f.codes.ravel() for f in features], np.uint16),
         "sha256": np.frombuffer(b"".join(f.sha256 for f in features), np.uint8).reshape(-1, 32),
     }
+    if any(f.notes for f in features):
+        shard["notes"] = np.array([f.notes for f in features], np.uint8)
     data = save(shard, metadata={_ABOUT: json.dumps(about)})
     files.write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
@@ -143,12 +154,14 @@ def read(path: Path) -> Content:
         about = reading.parsed(About, shard.about[_ABOUT], path, EXPECTED)
         rows, lengths, sha256, sources = (shard.array(name) for name in ("rows", "lengths", "sha256", "sources"))
         n, lengths = len(rows), lengths.astype(np.int64)
-        if (rows.shape, lengths.shape, sha256.shape, sources.shape) != ((n,), (n, 3), (n, 32), (n, 2)):
+        notes = shard.array("notes") if "notes" in shard.stored else np.zeros(n, np.uint8)
+        shapes = [part.shape for part in (rows, lengths, sha256, sources, notes)]
+        if shapes != [(n,), (n, 3), (n, 32), (n, 2), (n,)]:
             raise ValueError("its parts have different lengths")
         ends = [int(lengths[:, 0].sum()), int((lengths[:, 1] * lengths[:, 2]).sum())]
         if (n and lengths.min() < 0) or [shard.count(part) for part in ("text", "codes")] != ends:
             raise ValueError("lengths disagree")
-    return Content(rows, lengths, sha256, sources, [Rejected(*r) for r in about.rejected], about.largest_id)
+    return Content(rows, lengths, sha256, sources, notes, [Rejected(*r) for r in about.rejected], about.largest_id)
 
 
 def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]]) -> int:
@@ -163,7 +176,7 @@ def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]
     files.write_atomic(folder / file, items)
     entries = [Entry(name, len(content.rows), (folder / name).stat().st_size, sha256) for name, content, sha256 in made]
     largest = max((content.largest_id for _, content in shards), default=-1)
-    index = {"format": FORMAT, "count": len(rows), "largest_id": max(largest, 0), "origin": asdict(origin)}
+    index = {"format": FORMAT, "count": len(rows), "largest_id": max(largest, 0), "origin": origin.settings()}
     index |= {"items": file, "shards": [asdict(entry) for entry in entries]}
     files.write_atomic(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return len(rows)
@@ -179,7 +192,7 @@ def write_features(folder: Path, features: Iterable[Feature], origin: Origin) ->
     """Write these features as a finished set in an existing folder; their number. One shard at a time is in memory."""
     features, shards = iter(features), []
     while part := list(islice(features, SHARD_ITEMS)):
-        key = hashlib.sha256(repr((asdict(origin), part[0].row, part[-1].row)).encode()).hexdigest()
+        key = hashlib.sha256(repr((origin.settings(), part[0].row, part[-1].row)).encode()).hexdigest()
         shard = folder / name(len(shards), key)
         sha256 = write(shard, part, [], origin.ids)
         shards.append((shard.name, read(shard), sha256))
@@ -254,6 +267,8 @@ def manifest(
             "length": int(lengths[i]), "crop": crop_of((int(content.sources[i, 0]), int(content.sources[i, 1]))),
             "sha256": content.sha256[i].tobytes().hex(),
         }  # fmt: skip
+        if content.notes[i]:
+            lines[row]["notes"] = as_seen.names(int(content.notes[i]))
     for row, file, reason in content.rejected:
         lines[row] = {"row": row, "file": file, "status": "quarantined", "reason": reason}
     return (lines[row] for row in sorted(lines))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_fn import images, vq
+from lumina_fn import images, picture_files, vq
 from lumina_fn.errors import InputError
 from tests.support import paths
 
@@ -135,7 +135,7 @@ def test_halving_by_strips_is_halving(monkeypatch, mode, size):
     image = Image.fromarray(noise, "RGBA").convert(mode)
     half = (size[0] // 2, size[1] // 2)
     whole = image.crop((0, 0, size[0], 2 * half[1])).resize(half, Image.Resampling.BOX)  # an odd last row is left out
-    monkeypatch.setattr(images, "LARGE", size[0] * 8 * 3)  # three rows a strip
+    monkeypatch.setattr(picture_files, "LARGE", size[0] * 8 * 3)  # three rows a strip
     strips = images._halved(image, half)
     assert strips.mode == mode
     seen = lambda picture: np.asarray(picture.convert("RGBA").convert("RGBa") if "A" in mode else picture).astype(float)
@@ -148,16 +148,18 @@ def test_a_large_jpeg_is_cut_where_the_whole_one_is(tmp_path, monkeypatch):
     picture = np.stack([x, y, (np.sin(9 * x) + np.cos(7 * y) + 2) / 4], -1)
     Image.fromarray((picture * 255).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
     whole = images.load(tmp_path / "x.jpg", 96)
-    monkeypatch.setattr(images, "LARGE", 1000)
+    monkeypatch.setattr(picture_files, "LARGE", 1000)
     part = images.load(tmp_path / "x.jpg", 96)
     assert (part.source, part.sha256, part.image.size) == (whole.source, whole.sha256, whole.image.size)
     assert np.abs(np.asarray(part.image, int) - np.asarray(whole.image, int)).max() <= 6
-    with Image.open(tmp_path / "x.jpg") as image, images._open(tmp_path / "x.jpg") as (file, opened):
-        assert images._decoded(file, opened, 96).size == (188, 126) < image.size
+    with Image.open(tmp_path / "x.jpg") as image, picture_files.opened(tmp_path / "x.jpg") as (file, opened):
+        assert (
+            picture_files.decoded(file, opened, images.cut(opened.size, 96).halved[-1]).size == (188, 126) < image.size
+        )
 
 
 def test_pictures_that_are_decoded_at_once_are_bounded():
-    room, held, most = images._Room(100), [], []
+    room, held, most = picture_files.Room(100), [], []
 
     def held_for_a_while(pixels):
         with room.entered() as take:
@@ -173,15 +175,15 @@ def test_pictures_that_are_decoded_at_once_are_bounded():
 
 
 def test_a_format_whose_decoder_takes_more_takes_more_of_the_room(tmp_path, monkeypatch):
-    room, taken = images._Room(10**6), []
-    monkeypatch.setattr(images, "_room", room)
+    room, taken = picture_files.Room(10**6), []
+    monkeypatch.setattr(picture_files, "room", room)
     monkeypatch.setattr(
-        images, "_decoded", lambda *_: taken.append(room._whole - room._free) or Image.new("RGB", (64, 64))
+        picture_files, "decoded", lambda *_: taken.append(room._whole - room._free) or Image.new("RGB", (64, 64))
     )
     for name in ("x.png", "x.webp"):
         Image.new("RGB", (96, 64)).save(tmp_path / name)
         images.load(tmp_path / name, 64)
-    assert taken == [96 * 64, 96 * 64 * images.MAX_PIXELS // images.MAX_PIXELS_OF["WEBP"]]
+    assert taken == [96 * 64, 96 * 64 * picture_files.MAX_PIXELS // picture_files.MAX_PIXELS_OF["WEBP"]]
     assert room._free == room._whole
 
 

@@ -26,8 +26,10 @@ def test_ctrl_c_while_a_command_imports(wait, command):
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
     done = child.returncode == 0 and "near-duplicates" in said  # it was faster
-    assert done or child.returncode in (130, -signal.SIGINT)
-    assert "Traceback" not in said
+    # On a busy machine 0.1 s is before Python has read its own `site`, whose traceback nothing of ours can prevent.
+    too_early = child.returncode == 1 and "experiments" not in said and "lumina_fn" not in said
+    assert done or too_early or child.returncode in (130, -signal.SIGINT)
+    assert too_early or "Traceback" not in said
 
 
 def shell(line: str) -> subprocess.CompletedProcess:
