@@ -57,14 +57,20 @@ def as_seen(image: Image.Image) -> Seen:
     Its colours may be converted in place: a large picture is held twice at most.
     """
     notes, profile, turn = set(), image.info.get("icc_profile"), orientation(image)
+    gamma = None if "srgb" in image.info else image.info.get("gamma")  # a PNG's chunks
     if image.mode.startswith("I") or image.mode == "F":
         image = _scaled(image)
         notes.add(SCALED)
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
+    if image.mode in ("L", "RGB") and "transparency" in image.info:  # one of its colours is
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
     if profile or image.mode == "LAB":
         image, done = _converted(image, profile)
         notes |= done
+    elif (table := _gamma_table(gamma)) is not None:
+        image = _mapped(image, table)
+        notes.add(CONVERTED)
     if turn in _TURNS:
         image = image.transpose(_TURNS[turn])
         notes.add(TURNED)
@@ -124,13 +130,13 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 def _range(image: Image.Image) -> tuple[float, float]:
     """The values of black and white, as the format or the file says. Raises InputError if neither does."""
-    least, most = _tag(image, _LEAST), _tag(image, _MOST)
-    if least is not None and most is not None and least < most:
-        return float(least), float(most)
     if image.mode.startswith("I;16"):  # PNG, JPEG 2000 and TIFF
         return 0, 2 ** (_tag(image, _BITS) or 16) - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales a PGM to 16 bits
         return 0, 2**16 - 1
+    least, most = _tag(image, _LEAST), _tag(image, _MOST)
+    if least is not None and most is not None and least < most:
+        return float(least), float(most)
     kind = "float" if image.mode == "F" else "signed" if _tag(image, _FORMAT) not in (None, _UNSIGNED) else "32-bit"
     raise InputError(
         f"its {kind} samples have no known range: which value is white is not told; save it with 8 or 16 bits a sample"
@@ -149,8 +155,6 @@ def _converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, 
         return _palette_converted(image, profile)
     if image.mode in ("1", "PA", "YCbCr", "HSV", "RGBX"):
         image = image.convert({"1": "L", "PA": "RGBA"}.get(image.mode, "RGB"))
-    if "transparency" in image.info:  # one colour of it is
-        image = image.convert("LA" if image.mode == "L" else "RGBA")
     mode = "L" if image.mode == "LA" else image.mode
     try:
         transform = _transform(profile, mode)
@@ -175,6 +179,30 @@ def _palette_converted(image: Image.Image, profile: bytes | None) -> tuple[Image
         image = image.copy()
         image.putpalette(colours.tobytes())
     return image, done
+
+
+def _gamma_table(gamma: object) -> list[int] | None:
+    """The sRGB level of each level of a PNG with this gamma; None where it is sRGB's or means nothing."""
+    if not isinstance(gamma, float) or not 0.05 < gamma < 20 or abs(2.2 * gamma - 1) < 0.05:  # libpng's threshold
+        return None
+    linear = (np.arange(256) / 255) ** (1 / gamma)
+    return (
+        np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
+        .astype(int)
+        .tolist()
+    )
+
+
+def _mapped(image: Image.Image, table: list[int]) -> Image.Image:
+    """The picture with this level for each level of its colours; its alpha stays."""
+    if image.mode == "P":
+        mapped = image.copy()
+        mapped.putpalette(bytes(table[level] for level in image.getpalette("RGB") or []))
+        return mapped
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        return image
+    alpha = list(range(256)) if image.mode[-1] == "A" else []
+    return image.point(table * (len(image.mode) - bool(alpha)) + alpha)
 
 
 @lru_cache(maxsize=32)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
+from lumina_fn.formats import embedded_profiles
 
 # Blocks of this size are mapped one by one and returned to the system; smaller ones stay allocated, in each thread, after a large picture.
 Image.core.set_block_size(64 << 20)
@@ -63,6 +64,8 @@ def opened(path: Path) -> Iterator[tuple[File, Image.Image]]:
             raise InputError(
                 f"the picture has {image.width}x{image.height} pixels, more than {most} of {image.format}: a decompression bomb?"
             )
+        if "icc_profile" not in image.info and (found := embedded_profiles.profile(file, image.format)):
+            image.info["icc_profile"] = found
         file.seek(0)
         yield file, image
 

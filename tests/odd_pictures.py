@@ -18,13 +18,36 @@ from lumina_fn import as_seen, images
 from lumina_fn.errors import InputError, printable
 
 LEVELS = 2
+# Files of the suites of Pillow, image-rs and libvips (2026-11) that ImageMagick 6.9.11 reads otherwise, and why ours is believed.
+KNOWN = {
+    "xmp_tags_orientation": "ImageMagick 6 does not turn a picture by XMP",
+    "transparency.avif": "ImageMagick 6 has no alpha of AVIF",
+    "avif-orientation-6": "ImageMagick 6 has no profile of AVIF",
+    "hopper2I": "white is zero in 2 bits: ImageMagick shows the negative of hopper.ppm",
+    "hopper4I": "white is zero in 4 bits: ImageMagick shows the negative of hopper.ppm",
+    "old-style-jpeg": "YCbCr that ImageMagick shows as RGB, green all over",
+    "ojpeg": "YCbCr that ImageMagick shows as RGB",
+    "subsampled.tif": "YCbCr that ImageMagick shows as RGB, green all over",
+    "basn6a16": "half transparent: ImageMagick mixes with white before it takes the gamma away",
+    "pil123": "half transparent: ImageMagick mixes with white before it takes the gamma away",
+    "hopper.Lab.tif": "2.5 levels of L*a*b*, whose white the file does not tell",
+    "badrle.bmp": "damaged: the rest of the rows is black here, white there",
+    "issue_1455": "a first frame beside its canvas",
+    "border_touching_layers": "a first frame smaller than its canvas, around which Pillow shows the background",
+    "oob.gif": "a first frame beside its canvas",
+    "R5_G5_B5": "a BMP of 16 bits with alpha, which Pillow does not read and image-rs does",
+    "rgb32fakealpha": "a BMP whose fourth byte is no alpha, which ImageMagick takes for one",
+    "small.bmp": "a BMP whose fourth byte is no alpha, which ImageMagick takes for one",
+    "pal8os2v2.bmp": "the palette of OS/2, which ImageMagick misreads: the picture is that of pal8.bmp",
+    "issue412.jp2": "a palette in JPEG 2000 whose columns Pillow and ImageMagick assign to other channels",
+}
 SECONDS = 60
 
 
 def shown_by_imagemagick(path: Path, srgb: Path) -> Image.Image | None:
     """The first picture of a file, RGB over white; None where ImageMagick cannot read it."""
-    command = ["convert", "-background", "white", f"{path}[0]", "-auto-orient", "-intent", "relative", "-black-point-compensation",
-               "-profile", srgb, "-colorspace", "sRGB", "-flatten", "-depth", "8", "ppm:-"]  # fmt: skip
+    command = ["convert", "-background", "white", f"{path}[0]", *(["-coalesce"] if path.suffix == ".gif" else []), "-auto-orient", "-alpha", "remove", "-intent", "relative", "-black-point-compensation",
+               "-profile", srgb, "-colorspace", "sRGB", "-depth", "8", "ppm:-"]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
         return Image.open(io.BytesIO(done.stdout)).convert("RGB")
@@ -53,11 +76,16 @@ def main(argv: list[str]) -> int:
                 counts["not read by ImageMagick"] += 1
                 continue
             counts["compared"] += 1
-            want, got = (np.asarray(image).astype(float) for image in (images.fit(theirs, size), loaded.image))
+            # Before the cut, which resizes a palette's picture by nearest neighbour, as the reference does.
+            whole = images.whiten(as_seen.as_seen(images.open_image(path)).image)
+            want, got = (np.asarray(image).astype(float) for image in (theirs, whole))
             mean = np.abs(want - got).mean() if want.shape == got.shape else 255.0
-            if mean > LEVELS:
+            reason = next((why for name, why in KNOWN.items() if name in path.name), None)
+            if mean > LEVELS and reason:
+                counts[f"otherwise in ImageMagick: {reason}"] += 1
+            elif mean > LEVELS:
                 differ += 1
-                print(printable(f"{path}: differs by {mean:.1f} in the mean ({loaded.image.size}, {theirs.size})"))
+                print(printable(f"{path}: differs by {mean:.1f} in the mean ({whole.size}, {theirs.size})"))
     for name, n in counts.most_common():
         print(printable(f"{n:>8}  {name}"))
     print(f"{differ} of {counts['compared']} differ by more than {LEVELS} of 255 in the mean")

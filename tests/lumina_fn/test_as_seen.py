@@ -160,6 +160,40 @@ def test_a_range_that_the_file_tells_is_used(tmp_path):
     near(images.load(tmp_path / "x.tif", 64).image.convert("L"), RAMP / 257, 0.6)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_s_gamma_is_taken_away_unless_it_is_srgb_s(tmp_path, mode):
+    stored = colours(*SIZE)
+    image = Image.fromarray(RAMP) if mode == "I;16" else Image.fromarray(stored).convert(mode)
+    eight = np.rint(RAMP / 257).astype(np.uint8) if mode == "I;16" else np.asarray(image.convert("RGB"))
+    data = saved(tmp_path, image, "PNG").read_bytes()
+
+    def with_gamma(gamma: int, *more: bytes) -> images.Loaded:
+        body = b"gAMA" + struct.pack(">I", gamma)
+        chunks = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body)) + b"".join(more)
+        (tmp_path / "g.png").write_bytes(data[:33] + chunks + data[33:])
+        return images.load(tmp_path / "g.png", 64)
+
+    plain = images.load(tmp_path / "x.png", 64)
+    for same in (
+        with_gamma(45455),
+        with_gamma(0),
+        with_gamma(100000, struct.pack(">I", 1) + b"sRGB\0" + struct.pack(">I", zlib.crc32(b"sRGB\0"))),
+    ):
+        assert same.image.tobytes() == plain.image.tobytes()
+    want = Image.fromarray(np.rint(colour_profiles.gray_in_srgb(eight, 1.0)).astype(np.uint8))
+    linear = with_gamma(100000)
+    near(linear.image.convert("RGB"), np.asarray(images.fit(want, 64)), 1)
+    assert "converted" in as_seen.named(linear.notes)
+
+
+def test_the_transparent_colour_of_a_png_shows_white(tmp_path):
+    stored = colours(*SIZE)
+    stored[:, :32] = (1, 2, 3)
+    saved(tmp_path, Image.fromarray(stored), "PNG", transparency=(1, 2, 3))
+    assert images.load(tmp_path / "x.png", 64, seen=False).image.getpixel((0, 0)) != (255, 255, 255)
+    assert images.load(tmp_path / "x.png", 64).image.getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize(
     ("dtype", "says"), [(np.uint32, "32-bit"), (np.int32, "signed"), (np.int16, "signed"), (np.float32, "float")]
 )
@@ -194,6 +228,47 @@ def test_another_colour_space_is_converted(tmp_path, fmt, primaries, gamma):
         1 + LOSSY.get(fmt, 0) / 2,
     )
     assert as_seen.named(loaded.notes) == {"converted"}
+
+
+def bmp_with_profile(image: Image.Image, profile: bytes) -> bytes:
+    pixels = np.ascontiguousarray(np.asarray(image)[::-1, :, ::-1]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 124, *image.size, 1, 24, 0, len(pixels), 2835, 2835, 0, 0)
+    header += bytes(16) + b"DEBM" + bytes(48) + struct.pack("<IIII", 4, 124 + len(pixels), len(profile), 0)
+    start = 14 + len(header)
+    return b"BM" + struct.pack("<IHHI", start + len(pixels) + len(profile), 0, 0, start) + header + pixels + profile
+
+
+def jp2_with_profile(image: Image.Image, profile: bytes) -> bytes:
+    image.save(out := io.BytesIO(), "JPEG2000")
+    data = out.getvalue()
+    at, header = data.index(b"colr") - 4, data.index(b"jp2h") - 4
+    old = int.from_bytes(data[at : at + 4], "big")
+    box = struct.pack(">I", 11 + len(profile)) + b"colr\2\0\0" + profile
+    size = int.from_bytes(data[header : header + 4], "big") + len(box) - old
+    data = data[:at] + box + data[at + old :]
+    return data[:header] + struct.pack(">I", size) + data[header + 4 :]
+
+
+@pytest.mark.parametrize("make", [bmp_with_profile, jp2_with_profile])
+def test_a_profile_that_pillow_does_not_find_is_used_too(tmp_path, make):
+    stored = colours(*SIZE) // 2 + 64
+    data = make(Image.fromarray(stored), colour_profiles.rgb(colour_profiles.ADOBE, 2.2))
+    (tmp_path / "x").write_bytes(data)
+    loaded = images.load(tmp_path / "x", 64)
+    want = np.rint(colour_profiles.rgb_in_srgb(stored, colour_profiles.ADOBE, 2.2)).astype(np.uint8)
+    near(loaded.image, np.asarray(images.fit(Image.fromarray(want), 64)), 1)
+    assert as_seen.named(loaded.notes) == {"converted"}
+    assert (
+        images.load(tmp_path / "x", 64, seen=False).image.tobytes() == images.fit(Image.fromarray(stored), 64).tobytes()
+    )
+    for n in range(8, 250):  # a header that ends, or whose lengths lie, is a picture without a profile or no picture
+        harmed = bytearray(data)
+        harmed[n : n + 4] = b"\xff\xff\xff\xff"
+        (tmp_path / "y").write_bytes(harmed)
+        try:
+            images.load(tmp_path / "y", 64)
+        except InputError:
+            continue
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "I;16", "RGB with a transparent colour"])
