@@ -14,8 +14,8 @@ from PIL import ExifTags, Image, ImageCms
 from lumina_fn.errors import InputError
 
 # What was done to a picture, or is to be known about it; the bits of a feature's `notes`, in this order.
-TURNED, CONVERTED, PROFILE_IGNORED, SCALED, FLAT, SMALL = range(6)
-NOTES = ("turned", "converted", "profile ignored", "scaled", "flat", "small")
+TURNED, CONVERTED, PROFILE_IGNORED, SCALED, FLAT, SMALL, RENAMED = range(7)
+NOTES = ("turned", "converted", "profile ignored", "scaled", "flat", "small", "renamed")
 SAID = {
     "turned": "turned as their orientation tags say",
     "converted": "converted to sRGB from another colour profile",
@@ -23,6 +23,7 @@ SAID = {
     "scaled": "scaled to 8 bits a sample",
     "flat": "of one colour",
     "small": "with less than a fourth of the width or height they are trained at",
+    "renamed": "found under a name that the list writes otherwise (case, accents, backslashes)",
 }
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -14,9 +14,10 @@ from PIL import Image
 from experiments.datasets.duplicates import Fingerprint, fingerprint
 from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import as_seen, data, images
-from lumina_fn.disk import reading
+from lumina_fn.disk import lookup, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
+from lumina_fn.features.dataset import Keys
 from lumina_fn.features.shards import Rejected
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
@@ -56,14 +57,15 @@ class Reading(NamedTuple):
     roots: Sequence[Path]  # folders that may hold them
     size: int
     seen: bool
+    keys: Keys
 
 
 def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, seed: int = 0) -> Look:
     """The row as pretokenize would take it with this seed; without a tokenizer captions and size tokens are not checked."""
-    look = Look(index, *(text if isinstance(text, str) else None for text in written(value)))
+    look = Look(index, *(text if isinstance(text, str) else None for text in dataset.written(value, how.keys)))
     if tokenizer is None:
         return _without_tokens(look, value, how)
-    made = prepare(index, value, Recipe(how.roots, tokenizer, how.size, seed, seen=how.seen))
+    made = prepare(index, value, Recipe(how.roots, tokenizer, how.size, seed, keys=how.keys, seen=how.seen))
     if isinstance(made, Rejected):
         return look._replace(reason=made.reason)
     return look._replace(
@@ -74,18 +76,13 @@ def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, se
 
 def _without_tokens(look: Look, value: Any, how: Reading) -> Look:
     try:
-        loaded = images.load(dataset.find(dataset.row(value).file, how.roots), how.size, seen=how.seen)
+        loaded = images.load(lookup.locate(dataset.row(value, how.keys).file, how.roots).path, how.size, seen=how.seen)
     except InputError as error:
         return look._replace(reason=str(error))
     return look._replace(
         source=loaded.source, crop=loaded.image.size, sha256=loaded.sha256.hex(),
         fingerprint=fingerprint(loaded.image), notes=as_seen.named(loaded.notes),
     )  # fmt: skip
-
-
-def written(value: Any) -> tuple[Any, Any]:
-    """The values of `file` and `prompt` in a row of any type; None for those that are missing."""
-    return (value.get("file"), value.get("prompt")) if isinstance(value, dict) else (None, None)
 
 
 class Done(NamedTuple):
@@ -106,14 +103,14 @@ def open_done(folder: Path) -> Done:
 def at_entry(
     done: Done,
     entry: Mapping[str, Any],
-    rows: Sequence[Any] | None,
+    written: Sequence[tuple[Any, Any]] | None,
     picture: Callable[[Look], Image.Image] | None,
 ) -> Look:
-    """The row of a manifest's entry. Its prompt is taken from `rows`; `picture`, if given, loads or decodes its picture."""
+    """The row of a manifest's entry. Its prompt is taken from what the rows have `written` for file and prompt; `picture`, if given, loads or decodes its picture."""
     look = Look(entry["row"], entry.get("file"), reason=entry.get("reason"), sha256=entry["sha256"], item=entry["item"])
     look = look._replace(notes=frozenset(entry.get("notes", ())))
-    if rows is not None and look.row < len(rows):
-        file, caption = written(rows[look.row])
+    if written is not None and look.row < len(written):
+        file, caption = written[look.row]
         if file == look.file and isinstance(caption, str):
             look = look._replace(prompt=caption)
     if look.item is None:

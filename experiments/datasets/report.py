@@ -18,9 +18,10 @@ from experiments import devices
 from experiments.datasets import html, inspection, statistics, verify
 from experiments.datasets.inspection import Look
 from lumina_fn import data, images, prompt, vq
-from lumina_fn.disk import files, places, reading
+from lumina_fn.disk import files, lookup, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset
+from lumina_fn.features.dataset import Keys
 
 if TYPE_CHECKING:
     from experiments.dataset import Report
@@ -64,8 +65,7 @@ def _check(run: "Report", is_features: bool) -> None:
             raise InputError(
                 f"--{name}: not of use for {run.source}, which is {'a folder' if is_features else 'no folder'}; leave it out"
             )
-    if run.image_root and not run.image_root.is_dir():
-        raise InputError(f"--image-root {run.image_root}: no such folder")
+    lookup.check_roots(run.image_root)
     if run.json and run.json.exists():
         _check_replaced(run)
     images.crop_sizes(run.size)
@@ -85,14 +85,15 @@ def _check_replaced(run: "Report") -> None:
 
 
 def _inputs(run: "Report") -> list[Path]:
-    return [path for path in (run.source, run.data, run.image_root, run.model, run.vq) if path]
+    return [path for path in (run.source, run.data, *run.image_root, run.model, run.vq) if path]
 
 
 def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
     """Every row of DATA.json, and the function that loads its picture."""
-    rows, roots = dataset.read_rows(run.source), _roots(run.source, run.image_root)
+    keys = Keys(run.file_key, run.prompt_key)
+    rows, roots = dataset.read_rows(run.source, run.encoding), _roots(run.source, run.image_root)
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
-    how = inspection.Reading(roots, run.size, run.pictures == "as-seen")
+    how = inspection.Reading(roots, run.size, run.pictures == "as-seen", keys)
     look = lambda i: inspection.at_row(i, rows[i], how, tokenizer, run.seed)
     return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(how)]
 
@@ -102,25 +103,27 @@ def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
     done = inspection.open_done(run.source)
     manifest = inspection.read_manifest(done.features)
     show: list[Picture] = []
+    keys = Keys(run.file_key, run.prompt_key)
     if run.data:
         origin = done.features.origin
-        how = inspection.Reading(_roots(run.data, run.image_root), origin.size, origin.pictures == "as-seen")
+        how = inspection.Reading(_roots(run.data, run.image_root), origin.size, origin.pictures == "as-seen", keys)
         show.append(_source_pictures(how))
     if run.vq:
         show.append(_decoded_pictures(run, done.features))
-    rows = dataset.read_rows(run.data) if run.data else None
+    rows = dataset.read_rows(run.data, run.encoding) if run.data else None
+    written = None if rows is None else [dataset.written(row, keys) for row in rows]
     picture = show[0] if show and run.near else None
-    look = lambda i: inspection.at_entry(done, manifest[i], rows, picture)
+    look = lambda i: inspection.at_entry(done, manifest[i], written, picture)
     return _looks(look, len(manifest), (os.cpu_count() or 1) if run.data else 1), show
 
 
-def _roots(path: Path, image_root: Path | None) -> list[Path]:
-    return [path.parent, *([image_root] if image_root else [])]
+def _roots(path: Path, image_root: Sequence[Path]) -> list[Path]:
+    return [path.parent, *image_root]
 
 
 def _source_pictures(how: inspection.Reading) -> Picture:
     def source(look: Look) -> Image.Image:
-        loaded = images.load(dataset.find(look.file, how.roots), how.size, seen=how.seen)
+        loaded = images.load(lookup.locate(look.file, how.roots).path, how.size, seen=how.seen)
         if look.sha256 not in (loaded.sha256.hex(), None):
             raise InputError(f"{look.file} changed")
         return loaded.image

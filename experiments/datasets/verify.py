@@ -12,8 +12,10 @@ from experiments import devices
 from experiments.datasets import inspection
 from lumina_fn import checkpoint, data, images, prompt, vq
 from lumina_fn.config import VQConfig
+from lumina_fn.disk import lookup
 from lumina_fn.errors import InputError, printable
 from lumina_fn.features import dataset
+from lumina_fn.features.dataset import Keys
 from lumina_fn.prompt import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,8 +32,7 @@ class Compared(NamedTuple):
 
 def verify(run: "Verify") -> int:
     """Compare a sample and print a line for every row that differs; returns the exit code, 1 if one does. Raises InputError."""
-    if run.image_root and not run.image_root.is_dir():
-        raise InputError(f"--image-root {run.image_root}: no such folder")
+    lookup.check_roots(run.image_root)
     features = data.FeatureSet(run.features)
     damaged = list(features.damaged())
     for fault in damaged:
@@ -47,13 +48,13 @@ def verify(run: "Verify") -> int:
     done = {e["item"]: e for e in inspection.read_manifest(features) if e["status"] == "done"}
     if not done:
         raise InputError(f"{run.features}: the set is empty; there is nothing to verify")
-    rows = dataset.read_rows(run.data)
+    rows = dataset.read_rows(run.data, run.encoding)
     tokenizer = _same_tokenizer(run.model, features) if run.model else None
     params, cfg = same_vq(run.vq, features, devices.checked_device(run))
-    roots = [run.data.parent, *([run.image_root] if run.image_root else [])]
+    roots = [run.data.parent, *run.image_root]
     sample = sorted(np.random.default_rng(run.seed).permutation(len(features))[: run.n].tolist())
     total, faults = Compared(0, 0, None), 0
-    made = Made(features, params, cfg, tokenizer, roots)
+    made = Made(features, params, cfg, tokenizer, roots, Keys(run.file_key, run.prompt_key))
     for item in sample:
         entry = done[item]
         row = rows[entry["row"]] if entry["row"] < len(rows) else None
@@ -97,17 +98,18 @@ class Made(NamedTuple):
     cfg: VQConfig
     tokenizer: Tokenizer | None
     roots: Sequence[Path]  # folders that may hold pictures
+    keys: Keys
 
 
 def _compare(entry: dict, value: Any, item: int, made: Made, allow: float) -> Compared:
-    features, params, cfg, tokenizer, roots = made
+    features, params, cfg, tokenizer, roots, keys = made
     changed = lambda why: Compared(0, 0, why)
     try:
-        row = dataset.row(value)
+        row = dataset.row(value, keys)
         if row.file != entry["file"]:
             return changed(f"the row names {row.file} now")
         loaded = images.load(
-            dataset.find(row.file, roots), features.origin.size, seen=features.origin.pictures == "as-seen"
+            lookup.locate(row.file, roots).path, features.origin.size, seen=features.origin.pictures == "as-seen"
         )
         if entry["sha256"] not in (digest := loaded.sha256.hex(), None):
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")

@@ -12,8 +12,9 @@ from experiments.migration.command_lines import Command
 from experiments.migration.field_rules import Line, refuse
 from experiments.migration.shell import Script
 from lumina_fn import sources
+from lumina_fn.disk import lookup
 from lumina_fn.errors import InputError
-from lumina_fn.features import dataset, foreign
+from lumina_fn.features import foreign
 
 EXAMPLE = "examples/lumina/mgpt2"
 # Prefixes of variables that libraries also read here.
@@ -105,7 +106,7 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 
 def _part(root: Path, path: Path, lines: list[Line]) -> _Part:
-    path = dataset.find(os.path.relpath(path, root), [root])
+    path = lookup.find(os.path.relpath(path, root), [root])
     script = shell.read(path)
     launch, at = {}, 0
     while at < len(script.command) and script.command[at].startswith("-"):
@@ -145,7 +146,7 @@ def _json(root: Path, base: Path, part: _Part, flag: str, name: str) -> dict[str
     problem = InputError(f"{part.script.path} gives no {flag}")
     for candidate in candidates:
         try:
-            return dict(field_rules.flat(sources.read_json(dataset.find(candidate, [root]))))
+            return dict(field_rules.flat(sources.read_json(lookup.find(candidate, [root]))))
         except InputError as error:
             problem = InputError(f"{name}, as {part.name}'s {flag} {candidate}: {error}")
             if root.joinpath(candidate).exists():

@@ -14,18 +14,19 @@ from lumina_fn import as_seen, images
 from lumina_fn.disk import files, marks, places, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import shards
+from lumina_fn.features.dataset import Keys
 from lumina_fn.features.parts import digest
 from lumina_fn.features.shards import MANIFEST, QUARANTINE, Origin, Rejected
 
 ORIGIN = "origin.json"  # the settings that a set was begun with
 
 
-def plan(rows: Sequence[Any], origin: Origin, size: int) -> list[Shard]:
+def plan(rows: Sequence[Any], origin: Origin, size: int, keys: Keys) -> list[Shard]:
     """The set's shards: rows in their order, `size` at a time, under names with a hash of what they are made from."""
     told = []
     for number, begin in enumerate(range(0, len(rows), size)):
         part = range(begin, min(begin + size, len(rows)))
-        made_from = [shards.FORMAT, origin.settings(), begin, rows[begin : part.stop]]
+        made_from = [shards.FORMAT, origin.settings(), begin, rows[begin : part.stop], *(keys if any(keys) else ())]
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         told.append(Shard(number, shards.name(number, key), part))
     return told
@@ -77,9 +78,13 @@ def _same(out: Path, now: dict[str, Any]) -> None:
         )
 
 
-def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any]) -> tuple[list[Rejected], Counter[str]]:
-    """Write the index and the manifest of all shards, and remove shards of an earlier state of the set; returns the rejected rows, and how many of the others
-    each note is true of."""
+def finish(
+    out: Path, origin: Origin, planned: list[Shard], files_of: Sequence[Any]
+) -> tuple[list[Rejected], Counter[str]]:
+    """Write the index and the manifest of all shards, and remove shards of an earlier state of the set.
+
+    `files_of` are the files that the rows name. Returns the rejected rows, and how many of the others each note is true of.
+    """
     known = _checksums(out)
     read = [
         (
@@ -89,7 +94,7 @@ def finish(out: Path, origin: Origin, planned: list[Shard], rows: Sequence[Any])
         )
         for shard in planned
     ]
-    name_of = {i: row.get("file") if isinstance(row, dict) else None for i, row in enumerate(rows)}
+    name_of = dict(enumerate(files_of))
     rejected = [r for _, content, _ in read for r in content.rejected]
     told = (
         line

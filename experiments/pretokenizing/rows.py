@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.pretokenizing.encoding import Prepared
-from lumina_fn import images, prompt
+from lumina_fn import as_seen, images, prompt
+from lumina_fn.disk import lookup
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset
+from lumina_fn.features.dataset import Keys
 from lumina_fn.features.shards import Rejected
 from lumina_fn.process.ranges import LONGEST_CAPTION
 from lumina_fn.prompt import Tokenizer
@@ -25,6 +27,7 @@ class Recipe(NamedTuple):
     size: int  # pixels; pictures become about size x size
     seed: int  # chooses the prompts that state the picture's size
     longest: int = LONGEST_CAPTION  # characters of a caption
+    keys: Keys = Keys()
     seen: bool = True  # pictures are read as their viewers show them, not as their files store them
 
 
@@ -32,13 +35,16 @@ def prepare(index: int, value: Any, recipe: Recipe) -> Prepared | Rejected:
     """The prepared row, or the reason why it cannot be used; depends on the row, its file and the recipe alone."""
     tokenizer = recipe.tokenizer
     try:
-        row = dataset.row(value)
+        row = dataset.row(value, recipe.keys)
         if problem := prompt.caption_problem(tokenizer, row.prompt, recipe.longest):
             raise InputError(problem)
-        loaded = images.load(dataset.find(row.file, recipe.roots), recipe.size, seen=recipe.seen)
+        at = lookup.locate(row.file, recipe.roots)
+        loaded = images.load(at.path, recipe.size, seen=recipe.seen)
+        if not at.exact:
+            loaded = loaded._replace(notes=loaded.notes | {as_seen.RENAMED})
         prompt.check_size(tokenizer, *loaded.image.size)
     except InputError as error:
-        file = value.get("file") if isinstance(value, dict) else None
+        file, _ = dataset.written(value, recipe.keys)
         return Rejected(index, file if isinstance(file, str) else None, str(error))
     drawn = hashlib.sha256(json.dumps([recipe.seed, row.file, row.prompt]).encode()).digest()
     with_size = int.from_bytes(drawn[:8]) < SIZE_TEXT_PROBABILITY * 2**64

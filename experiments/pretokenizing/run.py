@@ -24,9 +24,10 @@ from experiments.pretokenizing.rows import Recipe, prepare
 from experiments.pretokenizing.shard_claims import Shard
 from lumina_fn import as_seen, checkpoint, data, errors, images, prompt, vq
 from lumina_fn.config import VQConfig
-from lumina_fn.disk import places
+from lumina_fn.disk import lookup, places
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
+from lumina_fn.features.dataset import Keys
 from lumina_fn.features.shards import QUARANTINE, Feature, Origin, Rejected
 from lumina_fn.prompt import Tokenizer
 from lumina_fn.vocab import PIXELS_PER_CODE
@@ -41,8 +42,9 @@ def main(run: "Settings", world: World) -> None:
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, tokenizer)
     device = devices.checked_device(run, world.device, world.say)
-    rows = dataset.read_rows(run.data)
-    out = places.place(run.out, [run.data, run.model, run.vq, *([run.image_root] if run.image_root else [])])
+    rows = dataset.read_rows(run.data, run.encoding)
+    keys = Keys(run.file_key, run.prompt_key)
+    out = places.place(run.out, [run.data, run.model, run.vq, *run.image_root])
     vq_params, vq_cfg = checkpoint.load_vq(run.vq)
     if vq_cfg.downsampling != PIXELS_PER_CODE or vq_cfg.codes > tokenizer.ids.codes:
         raise InputError(
@@ -50,10 +52,12 @@ def main(run: "Settings", world: World) -> None:
             f"the model in {run.model} wants at most {tokenizer.ids.codes} of {PIXELS_PER_CODE} pixels"
         )
     origin = Origin(run.size, run.seed, tokenizer.ids, tokenizer.fingerprint, data.fingerprint(vq_params), run.pictures)
-    planned = folder.plan(rows, origin, run.shard)
+    planned = folder.plan(rows, origin, run.shard, keys)
     if run.overwrite and out.exists():
         roots = _roots(run)
-        places.place(out, (Path(root, file) for file in map(dataset.file_of, rows) if file for root in roots))
+        places.place(
+            out, (Path(root, file) for file in (dataset.file_of(row, keys) for row in rows) if file for root in roots)
+        )
     with run_folder.locked(out) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             folder.begin(out, origin, planned, overwrite=run.overwrite, shard=run.shard, retry=run.retry)
@@ -63,7 +67,7 @@ def main(run: "Settings", world: World) -> None:
         world.barrier()
         busy, wall, done_here = (world.total(round(1000 * x)) / 1000 for x in (tally.busy, tally.wall, tally.rows))
         if world.rank == 0:
-            rejected, notes = folder.finish(out, origin, planned, rows)
+            rejected, notes = folder.finish(out, origin, planned, [dataset.written(row, keys)[0] for row in rows])
     if world.rank != 0:
         return
     if len(rejected) == len(rows):
@@ -94,7 +98,15 @@ def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:
 
 
 def _work(run: "Settings", out: Path, rows: Sequence[Any], tokenizer: Tokenizer, encode: Encode) -> Work:
-    recipe = Recipe(_roots(run), tokenizer, run.size, run.seed, run.longest_caption, run.pictures == "as-seen")
+    recipe = Recipe(
+        _roots(run),
+        tokenizer,
+        run.size,
+        run.seed,
+        run.longest_caption,
+        Keys(run.file_key, run.prompt_key),
+        run.pictures == "as-seen",
+    )
 
     def write(shard: Shard, features: list[Feature], rejected: list[Rejected]) -> str:
         with places.writable(out):
@@ -123,11 +135,10 @@ def _encode(run: "Settings", world: World, out: Path, planned: list[Shard], work
 
 def _roots(run: "Settings") -> list[Path]:
     """The folders that may hold pictures."""
-    return [run.data.parent, *([run.image_root] if run.image_root else [])]
+    return [run.data.parent, *run.image_root]
 
 
 def _check(run: "Settings", tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
-    if run.image_root and not run.image_root.is_dir():
-        raise InputError(f"--image-root {run.image_root}: no such folder")
+    lookup.check_roots(run.image_root)

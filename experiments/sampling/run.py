@@ -49,7 +49,7 @@ def main(run: "Settings") -> None:
 
 
 def read_prompts(run: "Settings") -> list[str]:
-    """The prompt, or the file's lines that are not blank. Raises InputError if there is none."""
+    """The prompt, or the file's lines that are neither blank nor comments (#). Raises InputError if there is none."""
     if (run.prompt is None) == (run.prompts is None):
         raise InputError("give either --prompt TEXT or --prompts FILE")
     if run.prompts is None:
@@ -57,7 +57,7 @@ def read_prompts(run: "Settings") -> list[str]:
     else:
         where = str(run.prompts)
         lines = reading.text(run.prompts, expected="a text file with one prompt per line").split("\n")
-    captions = [line.rstrip("\r") for line in lines if line.strip()]
+    captions = [line.rstrip("\r") for line in lines if line.strip() and (run.prompts is None or line[0] != "#")]
     if not captions:
         raise InputError(f"{where}: no prompt in it; expected at least one")
     return captions

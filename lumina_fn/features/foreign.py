@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lumina_fn.disk import reading
+from lumina_fn.disk import lookup, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset
 from lumina_fn.features.shards import Feature
@@ -56,7 +56,7 @@ def read(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Feature, str] | L
     """For each record of a folder's index, in order, its feature and file, or the reason why there is none. Raises InputError without an index."""
     if not (found := indexes(folder)):
         raise InputError(f"{folder} holds no extracted features: expected {', '.join(INDEXES)} or N-of-M-record.jsonl")
-    values = [value for path in found for value in dataset.read_rows(dataset.find(path.name, [folder]))]
+    values = [value for path in found for value in dataset.read_rows(lookup.find(path.name, [folder]))]
     records = [_record(value) for value in values]
     prefixes = {_prefix(r.file) for r in records if isinstance(r, Record)}
     seen: dict[Path, tuple[int, Record]] = {}
@@ -102,7 +102,7 @@ def _place(folder: Path, file: str, moved: bool) -> Path:
     `folder`, even if that was moved (`moved`), and only the last two parts of a path are used. Raises InputError.
     """
     tail = str(PurePosixPath(*PurePosixPath(file).parts[-2:]))
-    path = dataset.find(tail if moved else str(Path.cwd() / file), [folder])
+    path = lookup.find(tail if moved else str(Path.cwd() / file), [folder])
     if path.suffix not in KINDS or not path.is_file():
         raise InputError(f"not a regular {' or '.join(KINDS)} file")
     return path

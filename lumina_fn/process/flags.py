@@ -109,7 +109,7 @@ def version() -> str:
 def reference(kind: type) -> Iterator[tuple[Group | None, str, str, str, str]]:
     """For each flag its group (if one begins there), name, values, default and help, for the documentation."""
     for flag in _flags(kind):
-        default = "" if flag.required or flag.field.default is None else _shown(flag.field.default)
+        default = "" if flag.required or flag.field.default in (None, ()) else _shown(flag.field.default)
         values = "" if _given(flag.hint) is bool else flag.metavar
         yield flag.mark(Group), flag.name, values, "required" if flag.required else default, flag.help
 
@@ -140,7 +140,7 @@ def _parser(flags: list[_Flag], doc: str | None, prog: str) -> argparse.Argument
 
 def _add(at: argparse._ArgumentGroup, flag: _Flag) -> None:
     hint, default = _given(flag.hint), None if flag.required else flag.field.default
-    text = flag.help if default is None else f"{flag.help} (default: {_shown(default)})".strip()
+    text = flag.help if default in (None, ()) else f"{flag.help} (default: {_shown(default)})".strip()
     text = text.replace("%", "%%")
     if flag.positional:
         at.add_argument(flag.field.name, help=text, type=hint, metavar=flag.metavar, nargs="?")
@@ -149,6 +149,7 @@ def _add(at: argparse._ArgumentGroup, flag: _Flag) -> None:
     if hint is bool:
         at.add_argument(flag.name, action=argparse.BooleanOptionalAction, **common)
     elif REPEATED in flag.marks:
+        common["default"] = list(default) if isinstance(default, tuple) else None  # argparse appends to a copy of it
         at.add_argument(flag.name, action="append", **common, **_values(get_args(hint)[0]))
     else:
         at.add_argument(flag.name, **common, **_values(hint))

@@ -39,7 +39,7 @@ def row_file(at: Ground, lines: bool) -> Format:
 
     def read() -> object:
         found = dataset.read_rows(file)
-        folder.plan(found, origin, 1024)
+        folder.plan(found, origin, 1024, dataset.Keys())
         told = [prepare(i, row, Recipe([at.folder], tokenizer, 64, 0)) for i, row in enumerate(found[:8])]
         return [CANARY if getattr(t, "sha256", None) == secret else getattr(t, "reason", "") for t in told]
 

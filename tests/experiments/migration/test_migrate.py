@@ -69,7 +69,7 @@ def test_the_commands_say_what_the_guide_says(tmp_path, capsys):
         parsed[module] = parse(kind, None, found[f"experiments.{module}"])
     pre, run, draw = parsed["pretokenize"], parsed["finetune"], parsed["sample"]
     assert (pre.data, pre.out, pre.model) == (guide / "set/data.json", guide / "feats", guide / "w")
-    assert (pre.vq, pre.size, pre.image_root) == (guide / "vq.ckpt", 256, guide)
+    assert (pre.vq, pre.size, pre.image_root) == (guide / "vq.ckpt", 256, (guide,))
     assert (run.model, run.out) == (guide / "converted", guide / "tuned")
     assert value(found["experiments.finetune"], "--features") == str(guide / "feats")
     assert (run.steps, run.batch, run.micro_batch, run.warmup, run.seed) == (500, 32, 2, 3, 7)

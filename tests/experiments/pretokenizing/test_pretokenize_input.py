@@ -9,7 +9,7 @@ from PIL import Image
 
 from lumina_fn import checkpoint, data, prompt, vq
 from lumina_fn.config import VQConfig
-from lumina_fn.features import dataset
+from lumina_fn.disk import lookup
 from tests.support.pretokenizing import GOLDENS, TOKENIZER, calling, drawing, quarantine, row, small_vq_folder  # noqa: F401
 
 
@@ -124,7 +124,7 @@ def test_the_dataset_s_folder_comes_before_the_image_root(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x").touch()
-    assert dataset.find("x", [tmp_path / "a", tmp_path / "b"]) == tmp_path / "a" / "x"
+    assert lookup.find("x", [tmp_path / "a", tmp_path / "b"]) == tmp_path / "a" / "x"
 
 
 def test_no_usable_row_exits_2_and_leaves_the_reasons(tmp_path, call):

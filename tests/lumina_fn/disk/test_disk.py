@@ -325,7 +325,7 @@ DISK = re.compile(
 ALLOWED = {
     "lumina_fn/disk": "the room itself",
     "lumina_fn/formats/torch_zip.py": "reads on in a file that `reading` opened; writes into a new folder",
-    "lumina_fn/images.py": "Pillow, over a file that `reading` opened",
+    "lumina_fn/picture_files.py": "Pillow, over a file that `reading` opened",
     "lumina_fn/formats/tensor_files.py": "writes into a new folder",
     "lumina_fn/state/manifest.py": "checkpoints of a run, aside and away, after their marks were read",
     "lumina_fn/features/foreign.py": "a zip in bytes that `reading` read",
