@@ -6,7 +6,7 @@ without tags comes out as it came in, to the byte.
 
 from functools import lru_cache
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -104,12 +104,13 @@ def bits(notes: frozenset[int]) -> int:
 
 def is_visible(image: Image.Image) -> bool:
     """Whether any of its pixels is not wholly transparent."""
-    return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[1] > 0
+    return not image.has_transparency_data or bool(np.asarray(image.convert("RGBA"))[..., 3].any())
 
 
 def remarkable(image: Image.Image, source: tuple[int, int]) -> frozenset[int]:
     """FLAT for an RGB picture of one colour, SMALL if its source had less than a fourth of its width or of its height."""
-    flat = all(low == high for low, high in image.getextrema())
+    pixels = np.asarray(image)
+    flat = bool((pixels == pixels[0, 0]).all())
     small = any(REMARKABLY_SMALL * have < want for have, want in zip(source, image.size, strict=True))
     return frozenset([FLAT] * flat + [SMALL] * small)
 
@@ -146,7 +147,7 @@ def _range(image: Image.Image) -> tuple[float, float]:
 
 def _tag(image: Image.Image, tag: int) -> float | None:
     """The first value of a TIFF's tag; None for other formats and missing tags."""
-    value = getattr(image, "tag_v2", {}).get(tag)
+    value: Any = getattr(image, "tag_v2", {}).get(tag)
     return value[0] if isinstance(value, tuple) and value else value
 
 

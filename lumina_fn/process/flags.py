@@ -149,7 +149,8 @@ def _add(at: argparse._ArgumentGroup, flag: _Flag) -> None:
     if hint is bool:
         at.add_argument(flag.name, action=argparse.BooleanOptionalAction, **common)
     elif REPEATED in flag.marks:
-        common["default"] = list(default) if isinstance(default, tuple) else None  # argparse appends to a copy of it
+        # argparse appends to a copy of the default, which has to be a list.
+        common["default"] = list(default) if isinstance(default, tuple) else None
         at.add_argument(flag.name, action="append", **common, **_values(get_args(hint)[0]))
     else:
         at.add_argument(flag.name, **common, **_values(hint))
