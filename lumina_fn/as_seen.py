@@ -148,7 +148,9 @@ def _range(image: Image.Image) -> tuple[float, float]:
 def _tag(image: Image.Image, tag: int) -> float | None:
     """The first value of a TIFF's tag; None for other formats and missing tags."""
     value: Any = getattr(image, "tag_v2", {}).get(tag)
-    return value[0] if isinstance(value, tuple) and value else value
+    while isinstance(value, tuple):
+        value = value[0] if value else None
+    return value
 
 
 def _converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, set[int]]:

@@ -1,5 +1,6 @@
 """Checks of experiments.finetune before training: of flags, and of features that do not match the model."""
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,24 @@ def flags(run: Any) -> None:
                 f"--{name.replace('_', '-')} float16: float16 gradients underflow without loss scaling, which is not offered: "
                 "use bfloat16 or float32"
             )
+
+
+def pairs(run: Any, world: World) -> None:
+    """Print a note for two flags of which one leaves the other without its effect."""
+    if run.warmup >= run.steps:
+        reached = (
+            f"its last step has {run.steps / run.warmup:.0%} of --lr"
+            if run.warmup > run.steps
+            else "only the last step has --lr"
+        )
+        world.say(f"note: --warmup {run.warmup} lasts as long as --steps {run.steps}: {reached}")
+    if not run.save_every and run.keep_every:
+        world.say(f"note: --keep-every {run.keep_every} has no effect with --save-every 0, which saves no checkpoint")
+    elif run.keep_every and run.keep_every % run.save_every:
+        world.say(
+            f"note: --keep-every {run.keep_every} keeps only checkpoints that --save-every {run.save_every} makes: "
+            f"those of each {math.lcm(run.keep_every, run.save_every)} steps"
+        )
 
 
 def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> None:

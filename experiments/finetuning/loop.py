@@ -49,6 +49,7 @@ STREAK = 5  # steps in a row without a finite loss and gradient after which a ru
 def main(run: Settings, argv: Sequence[str], world: World) -> int:
     """Run a fine-tune with these settings; returns the exit code. A run that is stopped prints `argv` as the command that resumes it."""
     checks.flags(run)
+    checks.pairs(run, world)
     device = devices.checked_device(run, world.device, world.say)
     run = replace(run, compile=devices.compiling(run.compile, device))
     compute = _dtype(run.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -1,7 +1,9 @@
 """The run of `experiments.pretokenize`, once its settings are known."""
 
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,9 +83,18 @@ def main(run: "Settings", world: World) -> None:
         if done_here
         else ""
     )
+    if blame := _common_reason(rejected, len(rows)):
+        print(errors.printable(blame))
     print(errors.printable(f"{len(rows) - len(rejected)} done, {len(rejected)} quarantined: {run.out}{rate}"))
     if notes:
         print("; ".join(f"{notes[name]} {as_seen.SAID[name]}" for name in as_seen.NOTES if name in notes))
+
+
+def _common_reason(rejected: Sequence[Rejected], rows: int) -> str | None:
+    """The reason for which more than half of the rows were left out, if there is one: mostly a wrong folder, which is no success."""
+    counts = Counter(re.split("[:;]", row.reason)[0] for row in rejected)
+    reason, n = counts.most_common(1)[0] if counts else ("", 0)
+    return f"{n} of {rows} rows were left out for one reason: {reason}" if 2 * n > rows else None
 
 
 def encoder(params: vq.Params, cfg: VQConfig, device: torch.device) -> Encode:

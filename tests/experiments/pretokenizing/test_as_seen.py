@@ -112,3 +112,15 @@ def test_keys_encodings_roots_and_names_of_other_machines(tmp_path, rows, capsys
     assert dataset.main([*verify, "--device", "cpu", *how]) == 0
     assert dataset.main(["report", str(data_json), "--size", "64", *how]) == 0
     assert "3 rows, 2 usable, 1 quarantined" in capsys.readouterr().out
+
+
+def test_a_reason_that_most_rows_share_is_said_first(tmp_path, rows, capsys):
+    listed = json.loads(rows.read_text())
+    away = [{"file": f"elsewhere/{i}.png", "prompt": "x"} for i in range(9)]
+    rows.write_text(json.dumps(listed + away))
+    run(rows, tmp_path / "out")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"9 of 17 rows were left out for one reason: no such file under {rows.parent}")
+    rows.write_text(json.dumps(listed))
+    run(rows, tmp_path / "out2")
+    assert "for one reason" not in capsys.readouterr().out
