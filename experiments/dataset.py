@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experiments.devices import EnvCheck
+from experiments.pretokenizing.row_flags import Encoding, FileKey, ImageRoots, PromptKey
 from lumina_fn.errors import InputError
 from lumina_fn.process import entry, flags, startup
-from lumina_fn.process.flags import POSITIONAL, REPEATED
+from lumina_fn.process.flags import POSITIONAL
 from lumina_fn.process.ranges import SEED, Range
 
 
@@ -26,20 +27,10 @@ class Report:
 
     source: Annotated[Path, "a folder that pretokenize wrote, or the rows that it reads (JSON or JSONL)", POSITIONAL]
     data: Annotated[Path | None, "for FEATURES: the rows they were made from, for their prompts and pictures"] = None
-    image_root: Annotated[
-        tuple[Path, ...],
-        "another folder that may hold pictures (the first is that of the rows); may be repeated",
-        REPEATED,
-    ] = ()
-    file_key: Annotated[
-        str | None, "the rows' key of the picture (default: the first of file, image, image_path, file_name, path)"
-    ] = None
-    prompt_key: Annotated[str | None, "the rows' key of the caption (default: the first of prompt, caption, text)"] = (
-        None
-    )
-    encoding: Annotated[str | None, "the text's encoding, such as cp1252 (default: UTF-8, or UTF-16 with its mark)"] = (
-        None
-    )
+    image_root: ImageRoots = ()
+    file_key: FileKey = None
+    prompt_key: PromptKey = None
+    encoding: Encoding = None
     model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
     size: Annotated[int, "for DATA.json: the --size that pretokenize will use"] = 768
@@ -66,20 +57,10 @@ class Verify:
     features: Annotated[Path, "a folder that pretokenize wrote", POSITIONAL]
     data: Annotated[Path, "the rows that it was made from (JSON or JSONL), next to their pictures"]
     vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
-    image_root: Annotated[
-        tuple[Path, ...],
-        "another folder that may hold pictures (the first is that of DATA); may be repeated",
-        REPEATED,
-    ] = ()
-    file_key: Annotated[
-        str | None, "the rows' key of the picture (default: the first of file, image, image_path, file_name, path)"
-    ] = None
-    prompt_key: Annotated[str | None, "the rows' key of the caption (default: the first of prompt, caption, text)"] = (
-        None
-    )
-    encoding: Annotated[str | None, "the text's encoding, such as cp1252 (default: UTF-8, or UTF-16 with its mark)"] = (
-        None
-    )
+    image_root: ImageRoots = ()
+    file_key: FileKey = None
+    prompt_key: PromptKey = None
+    encoding: Encoding = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
     n: Annotated[int, "number of pictures to compare, drawn at random", Range(1, 10**9)] = 64
     seed: Annotated[int, "random seed of that draw", SEED] = 0

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from experiments.devices import EnvCheck
 from experiments.launching import start
+from experiments.pretokenizing.row_flags import Encoding, FileKey, ImageRoots, PromptKey
 from lumina_fn.process import flags, startup
-from lumina_fn.process.flags import POSITIONAL, REPEATED, Group
+from lumina_fn.process.flags import POSITIONAL, Group
 from lumina_fn.process.ranges import LONGEST_CAPTION, SEED, Range
 
 if TYPE_CHECKING:
@@ -38,20 +39,10 @@ class Settings:
         int,
         "pixels, a multiple of 32: pictures are cropped to an area of about size x size, near their own aspect ratio",
     ] = 768
-    image_root: Annotated[
-        tuple[Path, ...],
-        "another folder that may hold pictures (the first is that of DATA); may be repeated",
-        REPEATED,
-    ] = ()
-    file_key: Annotated[
-        str | None, "the rows' key of the picture (default: the first of file, image, image_path, file_name, path)"
-    ] = None
-    prompt_key: Annotated[str | None, "the rows' key of the caption (default: the first of prompt, caption, text)"] = (
-        None
-    )
-    encoding: Annotated[str | None, "the text's encoding, such as cp1252 (default: UTF-8, or UTF-16 with its mark)"] = (
-        None
-    )
+    image_root: ImageRoots = ()
+    file_key: FileKey = None
+    prompt_key: PromptKey = None
+    encoding: Encoding = None
     pictures: Annotated[
         Literal["as-seen", "as-stored"],
         "as-seen: upright, in sRGB and with 8 bits, as a viewer shows them; as-stored: what the files' numbers are, as the reference reads them",
