@@ -91,7 +91,10 @@ def test_a_large_jpeg_that_is_halved_by_its_decoder_is_turned(tmp_path, monkeypa
     path = saved(tmp_path, Image.fromarray(colours(300, 900)), "JPEG", exif=exif)
     whole = images.load(path, 96)
     monkeypatch.setattr(picture_files, "LARGE", 1000)
+    decoded, sizes = picture_files.decoded, []
+    monkeypatch.setattr(picture_files, "decoded", lambda *args: sizes.append((it := decoded(*args)).size) or it)
     part = images.load(path, 96)
+    assert sizes == [(75, 225)]
     assert whole.source == part.source == (900, 300)
     assert whole.image.size == part.image.size
     assert whole.image.width > whole.image.height
@@ -306,8 +309,13 @@ def test_every_mode_is_converted_and_keeps_its_transparency(mode):
     assert np.abs(got - np.asarray(plain)).mean() > 2
 
 
-def srgb_by_another_name() -> bytes:
-    return colour_profiles.rgb(colour_profiles.SRGB, 2.2)
+def test_the_white_of_yellow_paper_is_white():
+    """Relative colorimetric: a scan's paper is what the eye adapts to."""
+    image = Image.linear_gradient("L")
+    image.info["icc_profile"] = colour_profiles.gray(1.0, white=(0.8, 0.8, 0.5))
+    seen = as_seen.as_seen(image).image
+    assert seen.getpixel((0, 255)) == (255, 255, 255)
+    assert seen.getpixel((0, 0)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def _gamma(gamma: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
 
 
-def _common(name: bytes) -> dict[bytes, bytes]:
-    return {b"desc": _text(name), b"wtpt": b"XYZ " + bytes(4) + _s15(*D50), b"cprt": b"text" + bytes(4) + b"none\0"}
+def _common(name: bytes, white: tuple[float, float, float] = D50) -> dict[bytes, bytes]:
+    return {b"desc": _text(name), b"wtpt": b"XYZ " + bytes(4) + _s15(*white), b"cprt": b"text" + bytes(4) + b"none\0"}
 
 
 def rgb(primaries: np.ndarray, gamma: float) -> bytes:
@@ -50,9 +50,9 @@ def rgb(primaries: np.ndarray, gamma: float) -> bytes:
     return _profile(b"RGB ", b"mntr", _common(b"three primaries") | colours | curves)
 
 
-def gray(gamma: float) -> bytes:
-    """A profile of a gray with this gamma."""
-    return _profile(b"GRAY", b"mntr", _common(b"a gray") | {b"kTRC": _gamma(gamma)})
+def gray(gamma: float, white: tuple[float, float, float] = D50) -> bytes:
+    """A profile of a gray with this gamma, on paper of this white."""
+    return _profile(b"GRAY", b"mntr", _common(b"a gray", white) | {b"kTRC": _gamma(gamma)})
 
 
 def _encoded(linear: np.ndarray) -> np.ndarray:
