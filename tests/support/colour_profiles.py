@@ -52,7 +52,7 @@ def rgb(primaries: np.ndarray, gamma: float) -> bytes:
 
 def gray(gamma: float, white: tuple[float, float, float] = D50) -> bytes:
     """A profile of a gray with this gamma, on paper of this white."""
-    return _profile(b"GRAY", b"mntr", _common(b"a gray", white) | {b"kTRC": _gamma(gamma)})
+    return _profile(b"GRAY", b"scnr", _common(b"a gray", white) | {b"kTRC": _gamma(gamma)})
 
 
 def _encoded(linear: np.ndarray) -> np.ndarray:
