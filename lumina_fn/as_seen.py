@@ -14,17 +14,18 @@ from PIL import ExifTags, Image, ImageCms
 from lumina_fn.errors import InputError
 
 # What was done to a picture, or is to be known about it; the bits of a feature's `notes`, in this order.
-TURNED, CONVERTED, PROFILE_IGNORED, SCALED, FLAT, SMALL, RENAMED = range(7)
-NOTES = ("turned", "converted", "profile ignored", "scaled", "flat", "small", "renamed")
+TURNED, CONVERTED, PROFILE_IGNORED, SCALED = "turned", "converted", "profile ignored", "scaled"
+FLAT, SMALL, RENAMED = "flat", "small", "renamed"
 SAID = {
-    "turned": "turned as their orientation tags say",
-    "converted": "converted to sRGB from another colour profile",
-    "profile ignored": "with a broken colour profile, read as sRGB",
-    "scaled": "scaled to 8 bits a sample",
-    "flat": "of one colour",
-    "small": "with less than a fourth of the width or height they are trained at",
-    "renamed": "found under a name that the list writes otherwise (case, accents, backslashes)",
+    TURNED: "turned as their orientation tags say",
+    CONVERTED: "converted to sRGB from another colour profile",
+    PROFILE_IGNORED: "with a broken colour profile, read as sRGB",
+    SCALED: "scaled to 8 bits a sample",
+    FLAT: "of one colour",
+    SMALL: "with less than a fourth of the width or height they are trained at",
+    RENAMED: "found under a name that the list writes otherwise (case, accents, backslashes)",
 }
+NOTES = tuple(SAID)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,7 +50,7 @@ class Seen(NamedTuple):
     """A picture as it is seen, and what was done to it."""
 
     image: Image.Image  # 8 bits a sample
-    notes: frozenset[int]  # of TURNED, CONVERTED, PROFILE_IGNORED and SCALED
+    notes: frozenset[str]  # of TURNED, CONVERTED, PROFILE_IGNORED and SCALED
 
 
 def as_seen(image: Image.Image) -> Seen:
@@ -92,14 +93,9 @@ def names(bits: int) -> list[str]:
     return [name for n, name in enumerate(NOTES) if bits >> n & 1]
 
 
-def named(notes: frozenset[int]) -> frozenset[str]:
-    """The names of these notes."""
-    return frozenset(NOTES[n] for n in notes)
-
-
-def bits(notes: frozenset[int]) -> int:
+def bits(notes: frozenset[str]) -> int:
     """These notes as bits of a number."""
-    return sum(1 << n for n in notes)
+    return sum(1 << NOTES.index(note) for note in notes)
 
 
 def is_visible(image: Image.Image) -> bool:
@@ -107,7 +103,7 @@ def is_visible(image: Image.Image) -> bool:
     return not image.has_transparency_data or bool(np.asarray(image.convert("RGBA"))[..., 3].any())
 
 
-def remarkable(image: Image.Image, source: tuple[int, int]) -> frozenset[int]:
+def remarkable(image: Image.Image, source: tuple[int, int]) -> frozenset[str]:
     """FLAT for an RGB picture of one colour, SMALL if its source had less than a fourth of its width or of its height."""
     pixels = np.asarray(image)
     flat = bool((pixels == pixels[0, 0]).all())
@@ -153,7 +149,7 @@ def _tag(image: Image.Image, tag: int) -> float | None:
     return value
 
 
-def _converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, set[int]]:
+def _converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, set[str]]:
     """The picture's colours in sRGB. A profile that cannot be used is ignored, with a note."""
     if image.mode == "P":
         return _palette_converted(image, profile)
@@ -176,7 +172,7 @@ def _converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, 
     return colours, {CONVERTED}
 
 
-def _palette_converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, set[int]]:
+def _palette_converted(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, set[str]]:
     palette = image.getpalette("RGB") or []
     colours, done = _converted(Image.frombytes("RGB", (len(palette) // 3, 1), bytes(palette)), profile)
     if CONVERTED in done:

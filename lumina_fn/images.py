@@ -135,7 +135,7 @@ class Loaded(NamedTuple):
     image: Image.Image  # RGB, at one of the target's sizes
     source: tuple[int, int]  # width and height of the whole picture, upright if it was turned
     sha256: bytes  # of the file
-    notes: frozenset[int] = frozenset()  # of `as_seen.NOTES`
+    notes: frozenset[str] = frozenset()  # of `as_seen.NOTES`
 
 
 def load(path: Path, target: int, *, seen: bool = True) -> Loaded:

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
                 counts[f"refused: {error}"[:60]] += 1
                 continue
             counts["done"] += 1
-            counts.update(as_seen.named(loaded.notes))
+            counts.update(loaded.notes)
             theirs = shown_by_imagemagick(path, srgb)
             if theirs is None:
                 counts["not read by ImageMagick"] += 1

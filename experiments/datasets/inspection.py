@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.datasets.duplicates import Fingerprint, fingerprint
 from experiments.pretokenizing.rows import Recipe, prepare
-from lumina_fn import as_seen, data, images
+from lumina_fn import data, images
 from lumina_fn.disk import lookup, reading
 from lumina_fn.errors import InputError
 from lumina_fn.features import dataset, shards
@@ -70,7 +70,7 @@ def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, se
         return look._replace(reason=made.reason)
     return look._replace(
         source=made.source, crop=made.image.size, sha256=made.sha256.hex(), fingerprint=fingerprint(made.image),
-        text=len(made.text), notes=as_seen.named(made.notes),
+        text=len(made.text), notes=made.notes,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _without_tokens(look: Look, value: Any, how: Reading) -> Look:
         return look._replace(reason=str(error))
     return look._replace(
         source=loaded.source, crop=loaded.image.size, sha256=loaded.sha256.hex(),
-        fingerprint=fingerprint(loaded.image), notes=as_seen.named(loaded.notes),
+        fingerprint=fingerprint(loaded.image), notes=loaded.notes,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     image: Image.Image
     source: tuple[int, int]
     sha256: bytes
-    notes: frozenset[int]  # of `as_seen.NOTES`
+    notes: frozenset[str]  # of `as_seen.NOTES`
 
 
 class Tally(NamedTuple):

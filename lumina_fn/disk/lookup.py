@@ -67,7 +67,7 @@ def _alike(root: Path, file: str) -> list[str]:
         return []
     heads = [Path()]
     for part in parts:
-        heads = [head / name for head in heads for name in _names(root / head).get(_folded(part), ())][:LISTED]
+        heads = [head / name for head in heads for name in _names(root, head).get(_folded(part), ())][:LISTED]
     return [str(head) for head in heads]
 
 
@@ -77,18 +77,24 @@ def _nearest(root: Path, file: str) -> str | None:
     if at.is_absolute() or ".." in at.parts:
         return None
     for folder in (Path(at.parent), Path()):
-        for folded, names in _names(root / folder).items():
+        for folded, names in _names(root, folder).items():
             if folded == _folded(at.name) or PurePosixPath(folded).stem == _folded(at.stem):
                 return str(folder / names[0])
     return None
 
 
 @lru_cache(maxsize=64)
-def _names(folder: Path) -> Mapping[str, list[str]]:
-    """The names in a folder by their folded names; empty where it cannot be listed. A folder is listed once."""
+def _names(root: Path, folder: Path) -> Mapping[str, list[str]]:
+    """The names in a folder below a root, by their folded names. A folder is listed once.
+
+    Empty where it cannot be listed, or where a link leads out of the root: a message would tell what lies there.
+    """
     names: dict[str, list[str]] = {}
+    real = Path(os.path.realpath(root / folder))
+    if not real.is_relative_to(os.path.realpath(root)):
+        return names
     with suppress(OSError):
-        for path in sorted(folder.iterdir()):
+        for path in sorted(real.iterdir()):
             names.setdefault(_folded(path.name), []).append(path.name)
     return names
 
