@@ -1,7 +1,7 @@
 """Report what a dataset holds, or verify its features.
 
-    lumina dataset report FEATURES|DATA.json [--model DIR] [--vq DIR] [--data DATA.json] [--out DIR]
-    lumina dataset verify FEATURES --data DATA.json --vq DIR [--model DIR]
+    lumina dataset report FEATURES|DATA [--model DIR] [--vq DIR] [--data DATA] [--out DIR]
+    lumina dataset verify FEATURES --data DATA --vq DIR [--model DIR]
 
 `report` prints sizes, tokens, captions, duplicates and unusable rows, before or after the pictures become tokens. `verify` encodes some
 pictures again and compares the codes. `report --help` and `verify --help` list the flags.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experiments.devices import EnvCheck
-from experiments.pretokenizing.row_flags import Encoding, FileKey, ImageRoots, PromptKey
+from experiments.pretokenizing.row_flags import Captions, Encoding, FileKey, ImageRoots, PromptKey
 from lumina_fn.errors import InputError
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL
@@ -25,20 +25,21 @@ from lumina_fn.process.ranges import SEED, Range
 class Report:
     """The flags of `lumina dataset report`."""
 
-    source: Annotated[Path, "a folder that pretokenize wrote, or the rows that it reads (JSON or JSONL)", POSITIONAL]
-    data: Annotated[Path | None, "for FEATURES: the rows they were made from, for their prompts and pictures"] = None
+    source: Annotated[Path, "a folder that pretokenize wrote, or the dataset that it reads", POSITIONAL]
+    data: Annotated[Path | None, "for FEATURES: the dataset they were made from, for prompts and pictures"] = None
     image_root: ImageRoots = ()
     file_key: FileKey = None
     prompt_key: PromptKey = None
+    captions: Captions = "first"
     encoding: Encoding = None
-    model: Annotated[Path | None, "for DATA.json: the model's folder, whose tokenizer counts tokens"] = None
+    model: Annotated[Path | None, "for DATA: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
-    size: Annotated[int, "for DATA.json: the --size that pretokenize will use"] = 768
-    pictures: Annotated[Literal["as-seen", "as-stored"], "for DATA.json: the --pictures that pretokenize will use"] = (
+    size: Annotated[int, "for DATA: the --size that pretokenize will use"] = 768
+    pictures: Annotated[Literal["as-seen", "as-stored"], "for DATA: the --pictures that pretokenize will use"] = (
         "as-seen"
     )
     samples: Annotated[int, "number of pictures shown, drawn at random", Range(0, 10**4)] = 12
-    seed: Annotated[int, "random seed of that draw; for DATA.json also the --seed that pretokenize will use", SEED] = 0
+    seed: Annotated[int, "random seed of that draw; for DATA also the --seed that pretokenize will use", SEED] = 0
     near: Annotated[bool, "look for near-duplicates; for FEATURES this reads or decodes every picture"] = True
     distance: Annotated[
         int, "largest number of bits, of 64, in which the difference hashes of near-duplicates differ", Range(0, 16)
@@ -55,11 +56,12 @@ class Verify:
     """The flags of `lumina dataset verify`."""
 
     features: Annotated[Path, "a folder that pretokenize wrote", POSITIONAL]
-    data: Annotated[Path, "the rows that it was made from (JSON or JSONL), next to their pictures"]
+    data: Annotated[Path, "the dataset that it was made from"]
     vq: Annotated[Path, "the MoVQGAN that made it: a native folder or a .ckpt"]
     image_root: ImageRoots = ()
     file_key: FileKey = None
     prompt_key: PromptKey = None
+    captions: Captions = "first"
     encoding: Encoding = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
     n: Annotated[int, "number of pictures to compare, drawn at random", Range(1, 10**9)] = 64

@@ -1,11 +1,16 @@
 """Turn a folder of pictures and captions into features to train on.
 
-    lumina pretokenize DATA.json OUT --model DIR --vq DIR --size 768
-    torchrun --nproc_per_node 8 -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
+    lumina pretokenize DATA OUT --model DIR --vq DIR --size 768
+    torchrun --nproc_per_node 8 -m experiments.pretokenize DATA OUT --model DIR --vq DIR --size 768
 
-DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). OUT/manifest.jsonl has a line with the result of
-every row; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl. The same command continues a run that was ended,
-on any number of devices, also after rows were added to DATA.json. OUT becomes the same, to the byte, as after an uninterrupted run.
+DATA is one of these:
+- a list of {"file": "images/x.jpg", "prompt": "..."} rows: JSON, JSONL or CSV, also with the keys of other tools;
+- a folder of pictures with x.txt or x.caption beside x.jpg, or with metadata.jsonl or metadata.csv (Hugging Face's imagefolder);
+- WebDataset tars or Parquet files with pictures in them: a folder, or a pattern in quotes such as 'shards/{000..031}.tar'.
+
+OUT/manifest.jsonl has a line with the result of every row; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl.
+The same command continues a run that was ended, on any number of devices, also after rows were added to DATA. OUT becomes the same,
+to the byte, as after an uninterrupted run.
 """
 
 import sys
@@ -16,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from experiments.devices import EnvCheck
 from experiments.launching import start
-from experiments.pretokenizing.row_flags import Encoding, FileKey, ImageRoots, PromptKey
+from experiments.pretokenizing.row_flags import Captions, Encoding, FileKey, ImageRoots, PromptKey
 from lumina_fn.process import flags, startup
 from lumina_fn.process.flags import POSITIONAL, Group
 from lumina_fn.process.ranges import LONGEST_CAPTION, SEED, Range
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 class Settings:
     """The flags of `lumina pretokenize`."""
 
-    data: Annotated[Path, 'JSON list or JSONL of {"file", "prompt"}', POSITIONAL]
+    data: Annotated[Path, "pictures and captions: a list, a folder, tars or Parquet (see above)", POSITIONAL]
     out: Annotated[Path, "folder to write; an earlier run in it is continued", POSITIONAL]
     model: Annotated[
         Path, "the model's folder; only its tokenizer is read", Group("data", "--size 768 --image-root /data/pictures")
@@ -42,6 +47,7 @@ class Settings:
     image_root: ImageRoots = ()
     file_key: FileKey = None
     prompt_key: PromptKey = None
+    captions: Captions = "first"
     encoding: Encoding = None
     pictures: Annotated[
         Literal["as-seen", "as-stored"],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lumina_fn import as_seen, picture_files
 from lumina_fn.errors import InputError
+from lumina_fn.picture_files import Source
 from lumina_fn.process.ranges import MAX_TARGET
 
 PATCH = 32  # pixels; sides are multiples of it
@@ -138,13 +139,13 @@ class Loaded(NamedTuple):
     notes: frozenset[str] = frozenset()  # of `as_seen.NOTES`
 
 
-def load(path: Path, target: int, *, seen: bool = True) -> Loaded:
+def load(source: Source, target: int, *, seen: bool = True) -> Loaded:
     """The picture in a file as it is seen, or as it is stored, cropped for a target.
 
     Raises InputError for anything but a picture of bounded size, and for one in which nothing is to be seen. Waits while other threads
     decode: `picture_files.AT_ONCE` bounds the pixels of all threads of a process.
     """
-    with picture_files.room.entered() as take, picture_files.opened(path) as (file, image):
+    with picture_files.room.entered() as take, picture_files.opened(source) as (file, image):
         digest = hashlib.file_digest(file, "sha256").digest()
         take(image.width * image.height * picture_files.MAX_PIXELS // picture_files.most_pixels(image))
         loaded: Loaded | None = None

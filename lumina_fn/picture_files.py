@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -39,19 +39,25 @@ LARGE = 1 << 24
 # Pixels that all threads together decode at the same time: 4 bytes each, and 4 for the result. A picture of a format in MAX_PIXELS_OF
 # counts for more, in the ratio of the two limits.
 AT_ONCE = MAX_PIXELS
+MAX_HELD = 1 << 28  # bytes of a file in an archive, which is read into memory
+
+
+class Span(NamedTuple):
+    """A picture's file that lies in another file, as in a tar."""
+
+    path: Path
+    begin: int
+    size: int
+
+
+Source = Path | Span | bytes  # a picture's file: by its name, in another, or its content
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[File, Image.Image]]:
+def opened(source: Source) -> Iterator[tuple[File, Image.Image]]:
     """A picture's file and its undecoded picture. A small file is read into memory once: the hashed bytes are the decoded bytes."""
-    with _named(reading.opened, path, "a picture") as stream, warnings.catch_warnings():
+    with _file(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        status = os.fstat(stream.fileno())
-        if status.st_size == 0:
-            raise InputError("the file has zero size")
-        if status.st_size > MAX_BYTES:
-            raise InputError(f"the file has {status.st_size} bytes, more than {MAX_BYTES}")
-        file: File = io.BytesIO(_named(stream.read, MAX_BYTES)) if status.st_size <= LARGE else stream
         Image.init()
         with _readable(file):
             image = Image.open(
@@ -68,6 +74,32 @@ def opened(path: Path) -> Iterator[tuple[File, Image.Image]]:
             image.info["icc_profile"] = found
         file.seek(0)
         yield file, image
+
+
+@contextmanager
+def _file(source: Source) -> Iterator[File]:
+    """A source's bytes, in memory if they are few. Raises InputError, also for none or too many."""
+    if isinstance(source, bytes):
+        _check_bytes(len(source), MAX_HELD)
+        yield io.BytesIO(source)
+        return
+    path = source.path if isinstance(source, Span) else source
+    with _named(reading.opened, path, "a picture") as stream:
+        if isinstance(source, Span):
+            _check_bytes(source.size, MAX_HELD)
+            stream.seek(source.begin)
+            yield io.BytesIO(_named(stream.read, source.size))
+            return
+        size = os.fstat(stream.fileno()).st_size
+        _check_bytes(size, MAX_BYTES)
+        yield io.BytesIO(_named(stream.read, MAX_BYTES)) if size <= LARGE else stream
+
+
+def _check_bytes(size: int, most: int) -> None:
+    if size == 0:
+        raise InputError("the file has zero size")
+    if size > most:
+        raise InputError(f"the file has {size} bytes, more than {most}")
 
 
 def most_pixels(image: Image.Image) -> int:

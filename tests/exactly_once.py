@@ -1,12 +1,13 @@
 """A dataset turned into features by any number of processes, killed again and again, is always the same set.
 
-    python -u -m tests.exactly_once 10000 20
+    python -u -m tests.exactly_once 10000 20 [list|tar|parquet]
 
-draws pictures (2 % of them bad, in 15 ways; 3 % with a name that others have in other folders), makes the set undisturbed with 1, 2
-and 4 processes, then kills runs at random moments until each is done, and compares every byte with the first.
+draws pictures (2 % of them bad, in 15 ways; 3 % with a name that others have in other folders; or in archives, bad in 7 ways), makes the
+set undisturbed with 1, 2 and 4 processes, then kills runs at random moments until each is done, and compares every byte with the first.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from PIL import Image
 
 from lumina_fn import checkpoint, data, vq
 from lumina_fn.config import VQConfig
+from tests.support import archives
 from tests.support.paths import ROOT
 
 MODEL = ROOT / "tests/goldens/tokens/toy_tokenizer_bpe"
@@ -60,6 +62,46 @@ def draw(folder: Path, count: int, seed: int = 0) -> tuple[Path, list[Bad]]:
         rows.append(row)
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json", bad
+
+
+# What can be wrong with a picture and its caption in an archive: (picture, caption) -> both, and the reason.
+BROKEN = [
+    (lambda p, c: (p[:200], c), "cannot be read"),
+    (lambda p, c: (b"", c), "zero size"),
+    (lambda p, c: (b"no picture", c), "not a picture"),
+    (lambda p, c: (b"P4 30000 30000\n", c), "bomb"),
+    (lambda p, c: (p, " "), "no prompt"),
+]
+IN_TAR = [
+    (lambda p, c: (None, c), "0 pictures"),
+    (lambda p, c: (p, None), "no caption"),
+    (lambda p, c: ("/etc/passwd", None), "a link (to /etc/passwd)"),
+]
+IN_PARQUET = [(lambda p, c: (None, c), "no such file"), (lambda p, c: (p, None), "no prompt")]
+
+
+def draw_archive(folder: Path, count: int, form: str, seed: int = 0) -> tuple[Path, list[Bad]]:
+    """The same in three tars or Parquet files: the pattern that names them, and the rows that are bad."""
+    rng = random.Random(seed)
+    ways = BROKEN + (IN_TAR if form == "tar" else IN_PARQUET)
+    broken = dict(zip(sorted(rng.sample(range(count), max(9, count // 50))), itertools.cycle(ways), strict=False))
+    for number, part in enumerate(np.array_split(np.arange(count), 3)):
+        names = [f"{i:05d}.png" for i in part]
+        pairs = [
+            (archives.drawn(i, rng.choice([(32, 32), (40, 32), (64, 64), (32, 70)])), f"picture {i}") for i in part
+        ]
+        pairs = [broken[i][0](*pair) if i in broken else pair for i, pair in zip(part, pairs, strict=True)]
+        path = folder / f"{number:03d}.{form}"
+        if form == "tar":
+            of_sample = lambda name, pair: ((name, pair[0]), (name.replace("png", "txt"), pair[1] and pair[1].encode()))
+            members = [
+                m for name, pair in zip(names, pairs, strict=True) for m in of_sample(name, pair) if m[1] is not None
+            ]
+            archives.tar(path, members)
+        else:
+            image = [{"bytes": pair[0], "path": name} for name, pair in zip(names, pairs, strict=True)]
+            archives.parquet(path, {"image": image, "text": [caption for _, caption in pairs]}, 7)
+    return folder / f"{{000..002}}.{form}", [Bad(i, reason) for i, (_, reason) in broken.items()]
 
 
 def _ways() -> Iterator[tuple]:
@@ -164,10 +206,10 @@ def killed(argv: list[str], after: float) -> bool:
 
 
 def main(
-    count: int, kills: int, folder: Path, processes: tuple[int, ...] = (1, 2, 4), shard: int = 256, seed: int = 0
+    count: int, kills: int, folder: Path, form: str = "list", processes: tuple[int, ...] = (1, 2, 4), shard: int = 256
 ) -> None:
-    rng = random.Random(seed)
-    rows, bad = draw(folder / "set", count)
+    rng = random.Random(0)
+    rows, bad = draw(folder / "set", count) if form == "list" else draw_archive(folder / "set", count, form)
     checkpoint.save_vq(folder / "vq", vq.init(VQ, seed=0), VQ)
     run = lambda out, n: command(rows, folder / "vq", out, n, "--shard", str(shard))
     expected, took = None, 0.0
@@ -195,4 +237,4 @@ def main(
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        main(int(sys.argv[1]), int(sys.argv[2]), Path(made))
+        main(int(sys.argv[1]), int(sys.argv[2]), Path(made), *sys.argv[3:])

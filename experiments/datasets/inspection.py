@@ -14,12 +14,13 @@ from PIL import Image
 from experiments.datasets.duplicates import Fingerprint, fingerprint
 from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import data, images
-from lumina_fn.disk import lookup, reading
+from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
-from lumina_fn.features import dataset, shards
-from lumina_fn.features.dataset import Keys
+from lumina_fn.features import shards
 from lumina_fn.features.shards import Rejected
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.rows import row as row_of
+from lumina_fn.rows.row import Item
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
 UNKNOWN = bytes(32).hex()  # stands for the SHA-256 of a file that was missing when its features were migrated
@@ -57,15 +58,19 @@ class Reading(NamedTuple):
     roots: Sequence[Path]  # folders that may hold them
     size: int
     seen: bool
-    keys: Keys
+
+    def load(self, item: Item) -> images.Loaded:
+        """The picture of a row. Raises InputError."""
+        picture, _ = row_of.source(item, self.roots)
+        return images.load(picture, self.size, seen=self.seen)
 
 
-def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, seed: int = 0) -> Look:
+def at_row(index: int, item: Item, how: Reading, tokenizer: Tokenizer | None, seed: int = 0) -> Look:
     """The row as pretokenize would take it with this seed; without a tokenizer captions and size tokens are not checked."""
-    look = Look(index, *(text if isinstance(text, str) else None for text in dataset.written(value, how.keys)))
+    look = Look(index, item.row.file, item.row.prompt)
     if tokenizer is None:
-        return _without_tokens(look, value, how)
-    made = prepare(index, value, Recipe(how.roots, tokenizer, how.size, seed, keys=how.keys, seen=how.seen))
+        return _without_tokens(look, item, how)
+    made = prepare(index, item, Recipe(how.roots, tokenizer, how.size, seed, seen=how.seen))
     if isinstance(made, Rejected):
         return look._replace(reason=made.reason)
     return look._replace(
@@ -74,9 +79,9 @@ def at_row(index: int, value: Any, how: Reading, tokenizer: Tokenizer | None, se
     )  # fmt: skip
 
 
-def _without_tokens(look: Look, value: Any, how: Reading) -> Look:
+def _without_tokens(look: Look, item: Item, how: Reading) -> Look:
     try:
-        loaded = images.load(lookup.locate(dataset.row(value, how.keys).file, how.roots).path, how.size, seen=how.seen)
+        loaded = how.load(item)
     except InputError as error:
         return look._replace(reason=str(error))
     return look._replace(
@@ -103,7 +108,7 @@ def open_done(folder: Path) -> Done:
 def at_entry(
     done: Done,
     entry: Mapping[str, Any],
-    written: Sequence[tuple[Any, Any]] | None,
+    written: Sequence[tuple[str | None, str | None]] | None,
     picture: Callable[[Look], Image.Image] | None,
 ) -> Look:
     """The row of a manifest's entry. Its prompt is taken from what the rows have `written` for file and prompt; `picture`, if given, loads or decodes its picture."""
@@ -111,7 +116,7 @@ def at_entry(
     look = look._replace(notes=frozenset(entry.get("notes", ())))
     if written is not None and look.row < len(written):
         file, caption = written[look.row]
-        if file == look.file and isinstance(caption, str):
+        if file == look.file:
             look = look._replace(prompt=caption)
     if look.item is None:
         return look

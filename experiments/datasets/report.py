@@ -3,10 +3,11 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,34 +18,36 @@ from rich.progress import Progress
 from experiments import devices
 from experiments.datasets import html, inspection, statistics, verify
 from experiments.datasets.inspection import Look
+from experiments.pretokenizing import rows as rows_of
 from lumina_fn import data, images, prompt, vq
-from lumina_fn.disk import files, lookup, places, reading
-from lumina_fn.errors import InputError
-from lumina_fn.features import dataset
-from lumina_fn.features.dataset import Keys
+from lumina_fn.disk import files, lookup, marks, places, reading
+from lumina_fn.errors import InputError, printable
+from lumina_fn.features import shards
+from lumina_fn.rows import opened
+from lumina_fn.rows.row import Rows
 
 if TYPE_CHECKING:
     from experiments.dataset import Report
 
-WINDOW = 1024  # rows that are processed at once
+WINDOW = 64  # rows that are processed at once
 Picture = Callable[[Look], Image.Image]  # gives the picture of a row; raises InputError
 
 
 def report(run: "Report") -> int:
     """Print the report, and write it to --json and --out; returns the exit code. Raises InputError."""
-    is_features = run.source.is_dir()
+    is_features = run.source.is_dir() and any((run.source / name).exists() for name in (shards.INDEX, marks.NAME))
     _check(run, is_features)
     if run.out:
         places.place(run.out, _inputs(run))
     if run.json:
         places.place_of_file(run.json, _inputs(run))
-    looks, show = _features(run) if is_features else _rows(run)
+    looks, show, said = _features(run) if is_features else _rows(run)
     done = [look for look in looks if look.reason is None]
     drawn = np.random.default_rng(run.seed).permutation(len(done))[: run.samples]
     sampled = [done[i] for i in sorted(drawn.tolist())] if show else []
     kind = "features" if is_features else "data"
     found = statistics.summary(str(run.source), kind, looks, run.distance, sampled)
-    text, numbers = statistics.text(found) + "\n", json.dumps(found, indent=1) + "\n"
+    text, numbers = said + statistics.text(found) + "\n", json.dumps(found, indent=1) + "\n"
     if run.json:
         files.write_atomic(run.json, numbers)
     if run.out:
@@ -63,7 +66,7 @@ def _check(run: "Report", is_features: bool) -> None:
     for name, value in wrong.items():
         if value:
             raise InputError(
-                f"--{name}: not of use for {run.source}, which is {'a folder' if is_features else 'no folder'}; leave it out"
+                f"--{name}: not of use for {run.source}, which {'holds' if is_features else 'is no folder of'} features; leave it out"
             )
     lookup.check_roots(run.image_root)
     if run.json and run.json.exists():
@@ -88,42 +91,45 @@ def _inputs(run: "Report") -> list[Path]:
     return [path for path in (run.source, run.data, *run.image_root, run.model, run.vq) if path]
 
 
-def _rows(run: "Report") -> tuple[list[Look], list[Picture]]:
-    """Every row of DATA.json, and the function that loads its picture."""
-    keys = Keys(run.file_key, run.prompt_key)
-    rows, roots = dataset.read_rows(run.source, run.encoding), _roots(run.source, run.image_root)
+def _rows(run: "Report") -> tuple[list[Look], list[Picture], str]:
+    """Every row of DATA, the function that loads its picture, and a line on what the rows were read as."""
+    rows = opened.opened(run.source, rows_of.how(run, run.seed))
     tokenizer = prompt.load_tokenizer(run.model) if run.model else None
-    how = inspection.Reading(roots, run.size, run.pictures == "as-seen", keys)
-    look = lambda i: inspection.at_row(i, rows[i], how, tokenizer, run.seed)
-    return _looks(look, len(rows), os.cpu_count() or 1), [_source_pictures(how)]
+    how = inspection.Reading([*rows.roots, *run.image_root], run.size, run.pictures == "as-seen")
+    items = enumerate(rows.items(range(rows.count), True))
+    look = lambda numbered: inspection.at_row(*numbered, how, tokenizer, run.seed)
+    return (
+        _looks(look, items, rows.count, os.cpu_count() or 1),
+        [_source_pictures(rows, how)],
+        printable(rows.said()) + "\n",
+    )
 
 
-def _features(run: "Report") -> tuple[list[Look], list[Picture]]:
-    """Every row of a feature set's manifest, and the functions that give its pictures: the source, the decoded one, both or none."""
+def _features(run: "Report") -> tuple[list[Look], list[Picture], str]:
+    """Every row of a feature set's manifest, the functions that give its pictures (the source, the decoded one, both or none), and no line."""
     done = inspection.open_done(run.source)
     manifest = inspection.read_manifest(done.features)
     show: list[Picture] = []
-    keys = Keys(run.file_key, run.prompt_key)
+    written = None
     if run.data:
         origin = done.features.origin
-        how = inspection.Reading(_roots(run.data, run.image_root), origin.size, origin.pictures == "as-seen", keys)
-        show.append(_source_pictures(how))
+        rows = opened.opened(run.data, rows_of.how(run, origin.seed))
+        how = inspection.Reading([*rows.roots, *run.image_root], origin.size, origin.pictures == "as-seen")
+        show.append(_source_pictures(rows, how))
+        written = [(item.row.file, item.row.prompt) for item in rows.items(range(rows.count), False)]
     if run.vq:
         show.append(_decoded_pictures(run, done.features))
-    rows = dataset.read_rows(run.data, run.encoding) if run.data else None
-    written = None if rows is None else [dataset.written(row, keys) for row in rows]
     picture = show[0] if show and run.near else None
-    look = lambda i: inspection.at_entry(done, manifest[i], written, picture)
-    return _looks(look, len(manifest), (os.cpu_count() or 1) if run.data else 1), show
+    look = lambda entry: inspection.at_entry(done, entry, written, picture)
+    return _looks(look, manifest, len(manifest), (os.cpu_count() or 1) if run.data else 1), show, ""
 
 
-def _roots(path: Path, image_root: Sequence[Path]) -> list[Path]:
-    return [path.parent, *image_root]
-
-
-def _source_pictures(how: inspection.Reading) -> Picture:
+def _source_pictures(rows: Rows, how: inspection.Reading) -> Picture:
     def source(look: Look) -> Image.Image:
-        loaded = images.load(lookup.locate(look.file, how.roots).path, how.size, seen=how.seen)
+        item = rows.item(look.row) if look.row < rows.count else None
+        if item is None or item.row.file != look.file:
+            raise InputError(f"row {look.row} is not {look.file} any more")
+        loaded = how.load(item)
         if look.sha256 not in (loaded.sha256.hex(), None):
             raise InputError(f"{look.file} changed")
         return loaded.image
@@ -156,9 +162,9 @@ def _shown(show: Sequence[Picture], look: Look) -> list[Image.Image]:
     return shown
 
 
-def _looks(look: Callable[[int], Look], count: int, workers: int) -> list[Look]:
-    """The results of `look` for all rows, in order; shows progress on a terminal."""
-    console, looks = Console(stderr=True), []
+def _looks(look: Callable[[Any], Look], inputs: Iterable[Any], count: int, workers: int) -> list[Look]:
+    """The results of `look` for all inputs, in order; shows progress on a terminal."""
+    console, looks, waiting = Console(stderr=True), [], iter(inputs)
     with (
         Progress(console=console, disable=not console.is_terminal) as progress,
         warnings.catch_warnings(),  # ignore Pillow's warnings once for all threads: changing the filters is not thread-safe
@@ -166,7 +172,7 @@ def _looks(look: Callable[[int], Look], count: int, workers: int) -> list[Look]:
     ):
         warnings.simplefilter("ignore")
         bar = progress.add_task("looking at rows", total=count)
-        for start in range(0, count, WINDOW):
-            looks += threads.map(look, range(start, min(start + WINDOW, count)))
+        while window := list(islice(waiting, WINDOW)):
+            looks += threads.map(look, window)
             progress.update(bar, completed=len(looks))
     return looks

@@ -1,8 +1,7 @@
 """`experiments.dataset verify`: encode some pictures of a feature set again, and check that sources, codes and captions are the same."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +9,15 @@ from torch.utils import _pytree as pytree
 
 from experiments import devices
 from experiments.datasets import inspection
+from experiments.datasets.inspection import Reading
+from experiments.pretokenizing import rows as rows_of
 from lumina_fn import checkpoint, data, images, prompt, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.disk import lookup
 from lumina_fn.errors import InputError, printable
-from lumina_fn.features import dataset
-from lumina_fn.features.dataset import Keys
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.rows import opened
+from lumina_fn.rows.row import Item
 
 if TYPE_CHECKING:
     from experiments.dataset import Verify
@@ -48,16 +49,16 @@ def verify(run: "Verify") -> int:
     done = {e["item"]: e for e in inspection.read_manifest(features) if e["status"] == "done"}
     if not done:
         raise InputError(f"{run.features}: the set is empty; there is nothing to verify")
-    rows = dataset.read_rows(run.data, run.encoding)
+    rows = opened.opened(run.data, rows_of.how(run, features.origin.seed))
     tokenizer = _same_tokenizer(run.model, features) if run.model else None
     params, cfg = same_vq(run.vq, features, devices.checked_device(run))
-    roots = [run.data.parent, *run.image_root]
+    reading = Reading([*rows.roots, *run.image_root], features.origin.size, features.origin.pictures == "as-seen")
     sample = sorted(np.random.default_rng(run.seed).permutation(len(features))[: run.n].tolist())
     total, faults = Compared(0, 0, None), 0
-    made = Made(features, params, cfg, tokenizer, roots, Keys(run.file_key, run.prompt_key))
+    made = Made(features, params, cfg, tokenizer, reading)
     for item in sample:
         entry = done[item]
-        row = rows[entry["row"]] if entry["row"] < len(rows) else None
+        row = rows.item(entry["row"]) if entry["row"] < rows.count else None
         found = _compare(entry, row, item, made, run.allow)
         total = Compared(total.codes + found.codes, total.equal + found.equal, None)
         if found.fault:
@@ -97,28 +98,27 @@ class Made(NamedTuple):
     params: vq.Params
     cfg: VQConfig
     tokenizer: Tokenizer | None
-    roots: Sequence[Path]  # folders that may hold pictures
-    keys: Keys
+    reading: Reading
 
 
-def _compare(entry: dict, value: Any, item: int, made: Made, allow: float) -> Compared:
-    features, params, cfg, tokenizer, roots, keys = made
+def _compare(entry: dict, row: Item | None, item: int, made: Made, allow: float) -> Compared:
+    features, params, cfg, tokenizer, reading = made
     changed = lambda why: Compared(0, 0, why)
+    if row is None:
+        return changed("there is no such row now")
+    if row.row.file != entry["file"]:
+        return changed(f"the row names {row.row.file} now")
     try:
-        row = dataset.row(value, keys)
-        if row.file != entry["file"]:
-            return changed(f"the row names {row.file} now")
-        loaded = images.load(
-            lookup.locate(row.file, roots).path, features.origin.size, seen=features.origin.pictures == "as-seen"
-        )
+        loaded = reading.load(row)
         if entry["sha256"] not in (digest := loaded.sha256.hex(), None):
             return changed(f"the source changed: its sha256 is {digest[:12]}, it was {entry['sha256'][:12]}")
     except InputError as error:
         return changed(f"the source cannot be read now: {error}")
+    caption = row.row.prompt or ""
     feature = features.feature(item)
     height, width = feature.codes.shape
     if tokenizer and feature.text not in [
-        prompt.prompt_ids(tokenizer, row.prompt, 8 * width, 8 * height, with_size) for with_size in (True, False)
+        prompt.prompt_ids(tokenizer, caption, 8 * width, 8 * height, with_size) for with_size in (True, False)
     ]:
         return changed("the caption is not the one that was encoded")
     with torch.inference_mode():

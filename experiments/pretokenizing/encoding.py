@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.pretokenizing.shard_claims import Shard
 from lumina_fn import as_seen, images
 from lumina_fn.features.shards import Feature, Rejected
+from lumina_fn.rows.row import Item
 
 WINDOW = 16  # batches read ahead, to find pictures of equal size
 A, B = TypeVar("A"), TypeVar("B")
@@ -57,7 +58,8 @@ def ahead(pool: Executor, fn: Callable[[A], B], items: Iterable[A], depth: int) 
 class Work(NamedTuple):
     """The functions for a row, for a batch of pictures, and for a whole shard."""
 
-    prepare: Callable[[int], Prepared | Rejected]  # a row's number
+    items: Callable[[range], Iterator[Item]]  # the rows of a shard, in order
+    prepare: Callable[[int, Item], Prepared | Rejected]  # a row, and its number
     encode: Encode
     write: Callable[[Shard, list[Feature], list[Rejected]], str]  # returns the file's checksum
 
@@ -76,15 +78,15 @@ def encode_shards(
     """
     begin, busy, rows, open_shards = time.perf_counter(), 0.0, 0, deque()
 
-    def all_rows() -> Iterator[int]:
+    def all_rows() -> Iterator[tuple[int, Item]]:
         for shard, release in claimed:
             open_shards.append((shard, release))
-            yield from shard.rows
+            yield from zip(shard.rows, work.items(shard.rows), strict=True)
 
     with ExitStack() as stack:
         pool = lambda threads: stack.enter_context(ThreadPoolExecutor(threads))
         readers, stacker, writer = pool(workers), pool(1), pool(1)
-        prepared = ahead(readers, work.prepare, all_rows(), WINDOW * batch)
+        prepared = ahead(readers, lambda numbered: work.prepare(*numbered), all_rows(), WINDOW * batch)
         writing: deque[Future[None]] = deque()
         while first := next(prepared, None):
             shard, release = open_shards.popleft()

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,14 +98,19 @@ def retire(old: Path, new: Path | None, ours: marks.Ours = lambda path: False) -
     _remove(old.parent, [f"{old.name}/"])
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file atomically: at every moment it has its complete old or new content, even if the process is killed."""
+def write_atomic(path: str | Path, data: bytes | str | Iterable[str]) -> None:
+    """Write a file atomically: at every moment it has its complete old or new content, even if the process is killed.
+
+    A text may come in parts, of which one at a time is in memory.
+    """
     path = Path(path)
+    parts = [data] if isinstance(data, bytes | str) else data
     tmp = path.with_name(f".{path.name}{_TMP}{secrets.token_hex(4)}")
     with writable(path):
         try:
             with tmp.open("xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                for part in parts:
+                    file.write(part.encode() if isinstance(part, str) else part)
                 file.flush()
                 os.fsync(file.fileno())
             tmp.replace(path)

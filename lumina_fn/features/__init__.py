@@ -1,6 +1,5 @@
 """Training data: pictures and captions as ids and codes, in files, in order, in batches.
 
-dataset    the user's list of pictures and captions
 feature_set  its items, and the order of an epoch
 shards     a feature set's files and their index
 parts      a shard's file, read part by part and checked

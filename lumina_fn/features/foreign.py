@@ -15,10 +15,11 @@ import numpy as np
 
 from lumina_fn.disk import lookup, reading
 from lumina_fn.errors import InputError
-from lumina_fn.features import dataset
 from lumina_fn.features.shards import Feature
 from lumina_fn.formats import plain_pickle
 from lumina_fn.prompt import LARGEST_ID, Tokenizer
+from lumina_fn.rows import lists
+from lumina_fn.rows.row import Unread
 from lumina_fn.vocab import CODES_PER_PATCH, IGNORE, image_codes
 
 INDEXES = ("data.jsonl", "record.json", "record.jsonl")
@@ -56,8 +57,8 @@ def read(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Feature, str] | L
     """For each record of a folder's index, in order, its feature and file, or the reason why there is none. Raises InputError without an index."""
     if not (found := indexes(folder)):
         raise InputError(f"{folder} holds no extracted features: expected {', '.join(INDEXES)} or N-of-M-record.jsonl")
-    values = [value for path in found for value in dataset.read_rows(lookup.find(path.name, [folder]))]
-    records = [_record(value) for value in values]
+    stored = [lists.opened(lookup.find(path.name, [folder])) for path in found]
+    records = [_record(value) for part in stored for value, _ in part.values(range(part.count), False)]
     prefixes = {_prefix(r.file) for r in records if isinstance(r, Record)}
     seen: dict[Path, tuple[int, Record]] = {}
     for row, record in enumerate(records):
@@ -81,7 +82,7 @@ def read(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[Feature, str] | L
 
 def _record(value: Any) -> Record | str:
     """The record in a line of the index, or what is wrong with the line."""
-    if isinstance(value, dataset.NotJson):
+    if isinstance(value, Unread):
         return value.reason
     if not isinstance(value, dict) or not isinstance(value.get("file"), str):
         return 'expected a record like {"file": "features/x.pt", "len": 1234}'

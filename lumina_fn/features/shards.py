@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -95,6 +95,8 @@ class IndexFile:
     origin: Origin
     items: str  # a file's name
     shards: list[Entry]
+    notes: dict[str, Natural] = field(default_factory=dict)  # how many items each of `as_seen.NOTES` is true of
+    made_from: str = ""  # a fingerprint of rows and settings, by which a complete set is recognised; empty: unknown
 
 
 class Content(NamedTuple):
@@ -164,7 +166,13 @@ def read(path: Path) -> Content:
     return Content(rows, lengths, sha256, sources, notes, [Rejected(*r) for r in about.rejected], about.largest_id)
 
 
-def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]]) -> int:
+def finish(
+    folder: Path,
+    origin: Origin,
+    made: Sequence[tuple[str, Content, str]],
+    notes: Mapping[str, int] | None = None,
+    made_from: str = "",
+) -> int:
     """Write the index that makes these shards (name, content, SHA-256) the folder's set; the number of its items."""
     shards = [(name, content) for name, content, _ in made]
     rows, lengths = (
@@ -178,6 +186,7 @@ def finish(folder: Path, origin: Origin, made: Sequence[tuple[str, Content, str]
     largest = max((content.largest_id for _, content in shards), default=-1)
     index = {"format": FORMAT, "count": len(rows), "largest_id": max(largest, 0), "origin": origin.settings()}
     index |= {"items": file, "shards": [asdict(entry) for entry in entries]}
+    index |= ({"notes": dict(notes)} if notes else {}) | ({"made_from": made_from} if made_from else {})
     files.write_atomic(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return len(rows)
 

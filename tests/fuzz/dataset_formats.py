@@ -8,7 +8,9 @@ from experiments.pretokenizing import folder
 from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import data, prompt
 from lumina_fn.errors import InputError
-from lumina_fn.features import dataset, shards
+from lumina_fn.features import shards
+from lumina_fn.rows import opened
+from lumina_fn.rows.row import Item, Row
 from tests.fuzz import pictures, tokenizers_small
 from tests.fuzz.law import CANARY
 from tests.fuzz.mutate import mutated
@@ -38,9 +40,11 @@ def row_file(at: Ground, lines: bool) -> Format:
     secret = data.hashlib.sha256((at.outside / "secret.png").read_bytes()).digest()
 
     def read() -> object:
-        found = dataset.read_rows(file)
-        folder.plan(found, origin, 1024, dataset.Keys())
-        told = [prepare(i, row, Recipe([at.folder], tokenizer, 64, 0)) for i, row in enumerate(found[:8])]
+        found = opened.opened(file)
+        folder.plan(found, origin, 1024)
+        recipe = Recipe(found.roots, tokenizer, 64, 0)
+        items = found.items(range(min(found.count, 8)), True)
+        told = [prepare(i, item, recipe) for i, item in enumerate(items)]
         return [CANARY if getattr(t, "sha256", None) == secret else getattr(t, "reason", "") for t in told]
 
     if not lines:
@@ -77,10 +81,10 @@ def picture(at: Ground) -> Format:
     folders.write_tokenizer(at.folder, CODES)
     tokenizer = prompt.load_tokenizer(at.folder)
     seeds = list(pictures.seeds().values())
-    row = {"file": "x.png", "prompt": "a picture"}
+    row, recipe = Item(Row("x.png", "a picture"), None), Recipe([at.folder], tokenizer, 64, 0)
 
     def read() -> object:
-        told = prepare(0, row, Recipe([at.folder], tokenizer, 64, 0))
+        told = prepare(0, row, recipe)
         if isinstance(told, shards.Rejected):
             raise InputError(told.reason)
         return told.source

@@ -20,8 +20,10 @@ from experiments.pretokenizing.rows import Recipe, prepare
 from lumina_fn import checkpoint, data, images, model, prompt, sources
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
-from lumina_fn.features import dataset, shards
+from lumina_fn.features import shards
 from lumina_fn.formats import hf_config, plain_pickle, safe_pickle, tensor_files, vq_config
+from lumina_fn.rows import lists, opened, row
+from lumina_fn.rows.row import How, Item, Row, Unread
 from tests.fuzz import feature_formats, formats, law, mutate, pictures, playground, tokenizers_small
 from tests.support import folders
 from tests.support.project_copy import ROOT
@@ -85,7 +87,8 @@ def test_what_breaks_the_law_is_seen():
 @given(JSON)
 def test_any_row_is_read_or_refused(value):
     with suppress(InputError):
-        assert isinstance(dataset.row(value).prompt, str)
+        for how in (How(), How(captions="random"), How(captions="all")):
+            assert all(isinstance(item.row, Row | Unread) for item in row.items(value, how.keys, how))
 
 
 @QUICK
@@ -118,17 +121,17 @@ def test_a_string_that_does_not_end_is_not_searched_again_and_again(tmp_path):
     (tmp_path / "data.json").write_text('["' + '\\"' * 100_000)
     start = time.process_time()
     with pytest.raises(InputError, match="neither JSON nor JSONL"):
-        dataset.read_rows(tmp_path / "data.json")
+        lists.opened(tmp_path / "data.json")
     assert time.process_time() - start < 2
 
 
-@pytest.mark.parametrize("depth", [dataset.DEPTH + 1, 900, 100_000])
+@pytest.mark.parametrize("depth", [lists.DEPTH + 1, 900, 100_000])
 def test_brackets_without_end_are_a_bad_row(tmp_path, depth):
     good = '{"file": "a.png", "prompt": "a"}'
     (tmp_path / "data.jsonl").write_text(f'{good}\n{{"file": {"[" * depth}{"]" * depth}}}\n')
-    first, second = dataset.read_rows(tmp_path / "data.jsonl")
-    assert dataset.row(first) == ("a.png", "a")
-    assert isinstance(second, dataset.NotJson)
+    first, second = opened.opened(tmp_path / "data.jsonl").items(range(2), True)
+    assert first.row == ("a.png", "a")
+    assert isinstance(second.row, Unread)
 
 
 def test_a_shape_of_a_million_axes_is_not_multiplied(tmp_path):
@@ -249,7 +252,7 @@ def read_picture(tmp_path, small_tokenizer):
 
     def read(content: bytes, name: str = "x.png") -> object:
         (tmp_path / name).write_bytes(content)
-        return prepare(0, {"file": name, "prompt": "a picture"}, Recipe([tmp_path], known, 64, 0))
+        return prepare(0, Item(Row(name, "a picture"), None), Recipe([tmp_path], known, 64, 0))
 
     return read
 
@@ -323,7 +326,7 @@ def test_no_row_leads_out_of_the_folder(tmp_path, small_tokenizer, road):
     (at.folder / "a").mkdir()
     (at.folder / "linked").symlink_to(at.outside)
     (at.folder / "link.png").symlink_to(at.outside / "secret.png")
-    row = {"file": road.format(outside=at.outside), "prompt": "a secret"}
-    told = prepare(0, row, Recipe([at.folder], known, 64, 0))
+    item = Item(Row(road.format(outside=at.outside), "a secret"), None)
+    told = prepare(0, item, Recipe([at.folder], known, 64, 0))
     assert isinstance(told, shards.Rejected)
     assert "outside" in told.reason or "path" in told.reason

@@ -256,7 +256,7 @@ def test_verify_names_what_changed(call, tmp_path):
     content[begin] ^= 1
     shard.write_bytes(content)
     code, out, _ = call("verify", features, "--data", path, "--vq", VQ)
-    assert (code, out.splitlines()[1].startswith(f"{shard}: it is damaged (its checksum")) == (1, True)
+    assert (code, out.splitlines()[2].startswith(f"{shard}: it is damaged (its checksum")) == (1, True)
     index = json.loads((features / "features.json").read_text())
     index["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()
     (features / "features.json").write_text(json.dumps(index))

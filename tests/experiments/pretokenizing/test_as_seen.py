@@ -119,7 +119,8 @@ def test_a_reason_that_most_rows_share_is_said_first(tmp_path, rows, capsys):
     away = [{"file": f"elsewhere/{i}.png", "prompt": "x"} for i in range(9)]
     rows.write_text(json.dumps(listed + away))
     run(rows, tmp_path / "out")
-    first = capsys.readouterr().out.splitlines()[0]
+    understood, first, *_ = capsys.readouterr().out.splitlines()
+    assert understood == "read as JSON list: 17 rows, captions from `prompt`"
     assert first.startswith(f"9 of 17 rows were left out for one reason: no such file under {rows.parent}")
     rows.write_text(json.dumps(listed))
     run(rows, tmp_path / "out2")

@@ -170,9 +170,9 @@ def test_a_harmed_shard_is_named(tmp_path, call, picture, harm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "kills"), [(64, 1), (240, 3)])
-def test_any_number_of_processes_killed_or_not_makes_the_same_set(tmp_path, rows, kills):
-    exactly_once.main(rows, kills, tmp_path, processes=(1, 3), shard=16)
+@pytest.mark.parametrize(("form", "rows", "kills"), [("list", 64, 1), ("tar", 96, 2), ("parquet", 96, 2)])
+def test_any_number_of_processes_killed_or_not_makes_the_same_set(tmp_path, form, rows, kills):
+    exactly_once.main(rows, kills, tmp_path, form, processes=(1, 3), shard=16)
 
 
 @pytest.mark.slow
