@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from functools import partial
 
-from tests.fuzz import dataset_formats, feature_formats, state_formats, weight_formats
+from tests.fuzz import dataset_formats, feature_formats, row_formats, state_formats, weight_formats
 from tests.fuzz.playground import Format, Ground
 
 FORMATS: dict[str, Callable[[Ground], Format]] = {
     "data.json": partial(dataset_formats.row_file, lines=False),
     "JSONL": partial(dataset_formats.row_file, lines=True),
+    "CSV": row_formats.table,
+    "captions": row_formats.caption,
+    "tar": row_formats.tar,
+    "Parquet": row_formats.parquet,
+    "profiles": row_formats.profile,
     "safetensors": weight_formats.safetensors,
     "safetensors index": weight_formats.index,
     "feature shard": partial(feature_formats.shard, part="features"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lumina_fn import as_seen, images
 from lumina_fn.errors import InputError
-from tests.support import colour_profiles
+from tests.support import colour_profiles, odd
 from tests.support.odd import LOSSY, RAMP, SIZE, colours, near, saved
 
 
@@ -58,26 +58,7 @@ def test_another_colour_space_is_converted(tmp_path, fmt, primaries, gamma):
     assert loaded.notes == {"converted"}
 
 
-def bmp_with_profile(image: Image.Image, profile: bytes) -> bytes:
-    pixels = np.ascontiguousarray(np.asarray(image)[::-1, :, ::-1]).tobytes()
-    header = struct.pack("<IiiHHIIiiII", 124, *image.size, 1, 24, 0, len(pixels), 2835, 2835, 0, 0)
-    header += bytes(16) + b"DEBM" + bytes(48) + struct.pack("<IIII", 4, 124 + len(pixels), len(profile), 0)
-    start = 14 + len(header)
-    return b"BM" + struct.pack("<IHHI", start + len(pixels) + len(profile), 0, 0, start) + header + pixels + profile
-
-
-def jp2_with_profile(image: Image.Image, profile: bytes) -> bytes:
-    image.save(out := io.BytesIO(), "JPEG2000")
-    data = out.getvalue()
-    at, header = data.index(b"colr") - 4, data.index(b"jp2h") - 4
-    old = int.from_bytes(data[at : at + 4], "big")
-    box = struct.pack(">I", 11 + len(profile)) + b"colr\2\0\0" + profile
-    size = int.from_bytes(data[header : header + 4], "big") + len(box) - old
-    data = data[:at] + box + data[at + old :]
-    return data[:header] + struct.pack(">I", size) + data[header + 4 :]
-
-
-@pytest.mark.parametrize("make", [bmp_with_profile, jp2_with_profile])
+@pytest.mark.parametrize("make", [odd.bmp_with_profile, odd.jp2_with_profile])
 def test_a_profile_that_pillow_does_not_find_is_used_too(tmp_path, make):
     stored = colours(*SIZE) // 2 + 64
     data = make(Image.fromarray(stored), colour_profiles.rgb(colour_profiles.ADOBE, 2.2))
