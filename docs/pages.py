@@ -29,7 +29,8 @@ API = {
         "errors",
     ),
     "Programs": ("programs.graphs", "programs.folder"),
-    "Training data": ("features.dataset", "features.shards", "features.mixing", "features.packing", "features.batches"),
+    "Rows of a dataset": ("rows.opened", "rows.row", "rows.lists", "rows.tables", "rows.folders", "rows.tars", "rows.parquet"),
+    "Training data": ("features.shards", "features.mixing", "features.packing", "features.batches"),
     "Checkpoints": ("state.saved_state", "state.manifest"),
     "Costs": ("costs.cost", "costs.footprint"),
 }

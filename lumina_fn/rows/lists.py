@@ -15,6 +15,7 @@ from lumina_fn.rows.text import CHUNK, Text
 
 EXPECTED = "a list of file and prompt as JSON or JSONL"
 DEPTH = 100  # nesting of a row's content: far below Python's own recursion limit
+DEEPEST = 10 * DEPTH  # nesting at which a list is refused; a row that is nested less deep is refused alone
 PEEKED = 100  # rows that are looked at to say which keys are read
 _ROWS = 'expected rows of {"file": ..., "prompt": ...}'
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
@@ -23,7 +24,7 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _PLAIN = rb'[^"{}\[\]]++|' + _STRING
 _INSIDE = rb"(?:%b|[\[{](?:%b|[\[{](?:%b|[\[{](?:%b)*+[\]}])*+[\]}])*+[\]}])*+" % (4 * (_PLAIN,))
 _ELEMENT = re.compile(rb"\s*+(?:[\[{]" + _INSIDE + rb"[\]}]|" + _STRING + rb'|[^\s,"{}\[\]]++)\s*+[,\]]', re.DOTALL)
-_BRACKET = re.compile(_STRING + rb"?|[\[\]{}]", re.DOTALL)  # an unclosed string goes up to the end
+_BRACKETS = re.compile(_STRING + rb"?|[\[{]++|[\]}]++", re.DOTALL)  # an unclosed string goes up to the end
 _AFTER = re.compile(rb"\s*+([,\]])")
 _CLOSED = re.compile(rb"\s*+\]")
 # A string, or a comma before a closing bracket: commas within strings are skipped. An unclosed string matches up to the end.
@@ -116,7 +117,7 @@ def _elements(whole: Text, at: int) -> array:
     while True:
         # What the window holds of an element that goes on is read again, in a window of twice the size.
         window, start = whole.read(at, min(at + size, whole.end)), 0
-        while (closed := _CLOSED.match(window, start)) is None and (stop := _element_end(window, start)):
+        while (closed := _CLOSED.match(window, start)) is None and (stop := _element_end(whole, at, window, start)):
             _check_element(whole, at, window[start : stop - 1], start)
             begins.append(at + start)
             start = stop - (window[stop - 1 : stop] == b"]")
@@ -145,19 +146,22 @@ def _not_json(data: bytes) -> str | None:
     return None
 
 
-def _element_end(window: bytes, start: int) -> int | None:
-    """The place behind the comma or bracket that follows an element; None if the window ends before it."""
+def _element_end(whole: Text, at: int, window: bytes, start: int) -> int | None:
+    """The place behind the comma or bracket that follows an element; None if the window, which begins at `at`, ends before it."""
     if found := _ELEMENT.match(window, start):
         return found.end()
     depth = 0
-    for token in _BRACKET.finditer(window, start):
-        if token[0] in b"[{":
-            depth += 1
-        elif token[0] in b"]}":
-            depth -= 1
-            if depth <= 0:
-                after = _AFTER.match(window, token.end())
-                return after.end() if after and depth == 0 else None
+    for token in _BRACKETS.finditer(window, start):
+        run = len(token[0])
+        if token[0][:1] in b"[{":
+            depth += run
+        elif token[0][:1] in b"]}":
+            if run >= depth:
+                after = _AFTER.match(window, token.start() + depth)
+                return after.end() if after and depth else None
+            depth -= run
+        if depth > DEEPEST:
+            raise _no_list(whole, at + start, "brackets are nested too deeply")
     return None
 
 
