@@ -76,10 +76,13 @@ class World:
 
     def total(self, n: int) -> int:
         """The sum of n over all ranks."""
-        sum_ = torch.tensor([n])
+        return int(self.sum(torch.tensor([n])))
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a CPU tensor over all ranks, whose tensors have one shape; x itself receives it."""
         if self.control is not None:
-            self.control.allreduce([sum_]).wait()
-        return int(sum_)
+            self.control.allreduce([x]).wait()
+        return x
 
     def remember(self, fact: str) -> None:
         """Store a fact until the launcher ends, for ranks that it starts again."""

@@ -108,14 +108,28 @@ def _is_step(environ: Mapping[str, str]) -> bool:
 
 def _of_slurm(environ: Mapping[str, str]) -> Told:
     size = SLURM.size if SLURM.size in environ else "SLURM_NTASKS"
-    told = _numbers(environ, SLURM._replace(size=size))
-    hosts = environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES"))
+    told, tasks = _numbers(environ, SLURM._replace(size=size)), _tasks_of_this_host(environ)
+    if tasks is not None and told.local_rank is not None:
+        number(environ, SLURM.local_rank, 0, min(tasks, told.size) - 1, told.names)
     nodes = environ.get("SLURM_STEP_NODELIST", "")  # such as rack[1-2]node[07,09],other
     return told._replace(
-        local_size=told.size if hosts == "1" else None,
+        local_size=tasks,
         run=f"{environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}" if nodes else "",
         first_host=re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).partition(",")[0],
     )
+
+
+def _tasks_of_this_host(environ: Mapping[str, str]) -> int | None:
+    """The number of a Slurm step's tasks on this host; None if it is not told."""
+    host, counts = environ.get("SLURM_NODEID", ""), environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x3),2
+    if not host.isdecimal() or not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", counts):
+        return None
+    before = 0
+    for tasks, hosts in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        before += int(hosts or 1)
+        if int(host) < before:
+            return int(tasks)
+    return None
 
 
 def _numbers(environ: Mapping[str, str], names: Names) -> Told:

@@ -71,6 +71,8 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
         return main(argv)
     # The guard starts first, since a rank may be stopped (SIGSTOP) while it imports PyTorch.
     own = Guard(here)
+    if here.one_host or (here.local_size or 1) > 1:  # ranks that share a host's cores; torchrun does the same
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     with startup.importing():
         from experiments.launching import distributed
 
