@@ -100,7 +100,9 @@ class World:
         device is not available, and for a numbered device if there are several ranks.
         """
         if self.restarts and devices.kind(name) == "npu":
-            self.say(f"note: started again: the devices are left alone for {devices.LET_GO} s, until the last processes are off them")
+            self.say(
+                f"note: started again: the devices are left alone for {devices.LET_GO} s, until the last processes are off them"
+            )
             time.sleep(devices.LET_GO)
         if self.size == 1:
             return devices.device(name)

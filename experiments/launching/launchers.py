@@ -39,7 +39,7 @@ MPICH = Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # I
 SLURM = Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")  # SLURM_NTASKS may be the whole job's
 TABLE = (TORCHRUN, OPEN_MPI, MPICH, SLURM)
 NAMES = tuple(name for names in TABLE for name in names if name)
-NO_STEP = 0xFFFF_FFF0  # numbers from here on are no steps of srun's: 0xFFFFFFFA is salloc's shell, 0xFFFFFFFB a batch script
+NO_STEP = 0xFFFF_FFF0  # from here on numbers are no steps of srun's: ...FA is salloc's shell, ...FB a batch script
 PODS = "PET_NPROC_PER_NODE"  # with a PyTorchJob's nprocPerNode RANK counts pods, and WORLD_SIZE processes
 
 

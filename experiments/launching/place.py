@@ -43,7 +43,9 @@ def find(environ: Mapping[str, str]) -> Place | None:
         return None
     address, instead = environ.get("MASTER_ADDR", _address(told)), launchers.instead(told.names)
     if not address or address.split() != [address]:
-        raise InputError(f"MASTER_ADDR={address}: expected the address or name of the machine where ranks meet; {instead}")
+        raise InputError(
+            f"MASTER_ADDR={address}: expected the address or name of the machine where ranks meet; {instead}"
+        )
     port = _port(told.run) if told.run else 0
     if "MASTER_PORT" in environ or not port:
         port = launchers.number(environ, "MASTER_PORT", 1, MOST_PORTS, told.names)

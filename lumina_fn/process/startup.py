@@ -46,7 +46,10 @@ def _check_temporary_folder() -> None:
     except FileNotFoundError as error:
         _write(f"error: {error.strerror}; name a folder that can be written by TMPDIR")
         raise SystemExit(2) from None
-    if wanted and os.path.abspath(wanted) != found and os.environ.get("LOCAL_RANK", "0") == "0":
+    with suppress(OSError):  # it is not there
+        if not wanted or Path(wanted).samefile(found):
+            return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         _write(f"note: no temporary file can be written in TMPDIR={wanted}: they are written in {found}")
 
 

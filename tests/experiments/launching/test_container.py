@@ -3,18 +3,18 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.experiments.launching import test_launch
-from tests.experiments.launching.test_launch import TORCHRUN, rows, slow
+from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, rows, slow
 from tests.support.paths import ROOT
 
 launch, inputs = test_launch.launch, test_launch.inputs  # fixtures
 # A network of its own without IPv6 and without a way out, and a name that nobody knows. -r: for a user without rights.
 ALONE = ("unshare", "-Urnu", "sh", "-c", 'hostname no-such-host && ip link set lo up && exec "$@"', "sh")
 NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321")  # a user id without a name
+TWO = (TORCHRUN, *STANDALONE, "--nproc_per_node", 2, "-m", "experiments.finetune")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -37,11 +37,10 @@ def needs(command: tuple[str, ...]) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("way", ["script", "torchrun", "job"])
 def test_a_name_that_means_nothing_does_not_matter(way, launch, inputs, tmp_path):
     flags = [*inputs, "--out", tmp_path / "run", "--steps", 2]
-    standalone = (TORCHRUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", 2, "-m", "experiments.finetune")
     both = 'RANK=1 "$@" & RANK=0 "$@" && wait $!'
     command, environment = {
         "script": (("bash", ROOT / "experiments/launch/ascend_1x8.sh"), {"NPUS_PER_NODE": "2"}),
-        "torchrun": (standalone, {}),
+        "torchrun": (TWO, {}),
         "job": (
             ("sh", "-c", both, "sh", sys.executable, "-m", "experiments.finetune"),
             {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
@@ -71,8 +70,7 @@ def test_a_user_without_a_name_in_the_language_c(launch, inputs, tmp_path):
     here.symlink_to(inputs[3])
     flags = [*inputs, "--features", here, "--out", out, "--steps", 2]
     unset = [word for name in ("USER", "LOGNAME", "LNAME", "USERNAME") for word in ("-u", name)]
-    command = (TORCHRUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", 2, "-m", "experiments.finetune")
-    run = launch("env", *unset, *NOBODY, *command, *flags, LC_ALL="C", LANG="C", TMPDIR=str(tmp_path / "没有"))
+    run = launch("env", *unset, *NOBODY, *TWO, *flags, LC_ALL="C", LANG="C", TMPDIR=str(tmp_path / "没有"))
     assert run.wait(60) == 0, run.text()
     assert f"2 steps, 0 skipped: {out}/model" in run.text()
     assert run.text().count(f"TMPDIR={tmp_path}/没有: they are written in ") == 1
@@ -88,7 +86,9 @@ def help_of(**environment: str) -> subprocess.CompletedProcess:
 def test_a_tmpdir_that_is_not_there_is_one_line(tmp_path):
     done = help_of(TMPDIR=str(tmp_path / "x"))
     assert done.returncode == 0
-    assert done.stderr.startswith(f"note: no temporary file can be written in TMPDIR={tmp_path}/x: they are written in /")
+    assert done.stderr.startswith(
+        f"note: no temporary file can be written in TMPDIR={tmp_path}/x: they are written in /"
+    )
     assert done.stderr.count("\n") == 1
     assert help_of(TMPDIR=f"{tmp_path}/../{tmp_path.name}/").stderr == ""
 
@@ -102,14 +102,20 @@ def test_no_folder_for_temporary_files_is_one_line(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=20)
     assert done.returncode == 2
-    assert done.stderr == "error: No usable temporary directory found in ['/proc']; name a folder that can be written by TMPDIR\n"
+    assert (
+        done.stderr
+        == "error: No usable temporary directory found in ['/proc']; name a folder that can be written by TMPDIR\n"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1:strict"])
 def test_a_terminal_that_cannot_show_a_name_is_no_failure(encoding):
     script = "from lumina_fn.process import entry; entry.run(lambda argv: print('图片', 'caf\\u00e9'))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}, timeout=20
+        [sys.executable, "-c", script],
+        capture_output=True,
+        env={**ENVIRONMENT, "PYTHONIOENCODING": encoding},
+        timeout=20,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(rb"\u56fe\u7247 caf")

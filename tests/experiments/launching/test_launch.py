@@ -28,6 +28,7 @@ from tests.support.paths import ROOT
 from tests.support.small_run import write_inputs
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
+STANDALONE = ("--standalone", "--local-addr", "127.0.0.1")  # as the pages' lines for one machine
 ENDLESS = ("--steps", 100_000, "--log-every", 1)
 # 7 items in steps of 3, 3 and 1: one rank has less to do, then nothing.
 FIVE_STEPS = ("--steps", 5, "--log-every", 1, "--batch", 3, "--caption-drop", 0.5, "--lr", 1e-2, "--dtype", "float64")

@@ -21,7 +21,7 @@ from lumina_fn import checkpoint, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError
 from tests.experiments.launching import test_launch
-from tests.experiments.launching.test_launch import TORCHRUN, free_port, slow
+from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, free_port, slow
 from tests.support import small_run
 
 launch = test_launch.launch  # a fixture
@@ -251,8 +251,17 @@ def made(out: Path) -> dict[str, str]:
 def test_all_launchers_make_the_same_run(launch, materials, tmp_path):
     """Two processes pretokenize, train and draw: each launcher leaves the same bytes."""
     out = tmp_path / "torchrun"
-    flags = ("--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", 2, "--no-python")
-    run = launch(TORCHRUN, *flags, sys.executable, "-c", THREE, **three(materials, out))
+    run = launch(
+        TORCHRUN,
+        *STANDALONE,
+        "--nproc_per_node",
+        2,
+        "--no-python",
+        sys.executable,
+        "-c",
+        THREE,
+        **three(materials, out),
+    )
     assert run.wait(90) == 0, run.text()
     wanted = made(out)
     assert {name.partition("/")[0] for name in wanted} == {"features", "run", "pictures"}

@@ -8,9 +8,8 @@ from experiments import devices
 from experiments.ascend import checks
 from experiments.launching import distributed
 from experiments.launching.distributed import World
-from lumina_fn.errors import InputError
 from tests.experiments.launching import test_launch
-from tests.experiments.launching.test_launch import TORCHRUN, slow
+from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, slow
 
 launch = test_launch.launch  # a fixture
 
@@ -47,8 +46,8 @@ start.run(main)
 
 @slow
 def test_ranks_know_that_they_were_started_again(launch):
-    flags = ("--standalone", "--local-addr", "127.0.0.1", "--max-restarts", 1, "--nproc_per_node", 1, "--no-python")
-    run = launch(TORCHRUN, *flags, sys.executable, "-c", AGAIN)
+    flags = ("--max-restarts", 1, "--nproc_per_node", 1, "--no-python")
+    run = launch(TORCHRUN, *STANDALONE, *flags, sys.executable, "-c", AGAIN)
     assert run.wait(60) == 0, run.text()
     assert [line for line in run.text().splitlines() if "restarts:" in line] == ["restarts: 0", "restarts: 1"]
 
