@@ -1,7 +1,7 @@
 """Turn a folder of pictures and captions into features to train on.
 
     lumina pretokenize DATA.json OUT --model DIR --vq DIR --size 768
-    torchrun --nproc_per_node 8 -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
+    torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 8 -m experiments.pretokenize DATA.json OUT --model DIR --vq DIR --size 768
 
 DATA.json lists {"file": "images/x.jpg", "prompt": "..."} rows (JSON or JSONL). OUT/manifest.jsonl has a line with the result of
 every row; rows that cannot be used are listed with the reason in OUT/quarantine.jsonl. The same command continues a run that was ended,

@@ -1,7 +1,7 @@
 """Draw pictures from prompts.
 
     lumina sample --model DIR --vq DIR --prompt "a red circle" --width 768 --height 768 --out DIR
-    torchrun --standalone --nproc_per_node 8 -m experiments.sample --model DIR --vq DIR --prompts FILE --out DIR
+    torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 8 -m -- experiments.sample --model DIR --vq DIR --prompts FILE --out DIR
 
 OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl with the prompt and settings of each. With
 torchrun each process draws its share of the batches; the pictures are those of one process.

@@ -44,7 +44,7 @@ def find(environ: Mapping[str, str]) -> Place | None:
     address, instead = environ.get("MASTER_ADDR", _address(told)), launchers.instead(told.names)
     if not address or address.split() != [address]:
         raise InputError(
-            f"MASTER_ADDR={address}: expected the address or name of the machine where ranks meet; {instead}"
+            f"MASTER_ADDR={address}: expected the name or address of rank 0's machine, and in MASTER_PORT a port there; {instead}"
         )
     port = _port(told.run) if told.run else 0
     if "MASTER_PORT" in environ or not port:
