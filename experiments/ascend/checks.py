@@ -223,6 +223,7 @@ def _again(kind: str, ranks: int, pause: float) -> None:
 def killed(rank: int, size: int, kind: str) -> None:
     """Use a device together with the other ranks, then die at once, as by kill -9."""
     collectives_faults(rank, size, kind)
+    time.sleep(1)  # until the others are through, so that none fails before it is killed
     os.kill(os.getpid(), signal.SIGKILL)
 
 

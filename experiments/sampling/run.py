@@ -44,6 +44,8 @@ def main(run: "Settings", world: World) -> None:
     with files.new_folder(run.out, "pictures", run.overwrite) if world.rank == 0 else nullcontext() as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)
         ids = _drawable(run, vq_cfg, tokenizer.ids, world)
+        if (idle := world.size - -(-len(captions) * run.n // run.batch)) > 0:
+            world.say(f"note: --batch {run.batch} leaves {idle} of {world.size} processes without work")
         how = Drawing(device, dtype, compiled, world)
         codes = world.sum(draw(run, captions, replace(tokenizer, ids=ids), how).cpu())
         count = write(folder, run, captions, codes, vq_params, vq_cfg) if folder is not None else 0

@@ -14,7 +14,6 @@ launch, inputs = test_launch.launch, test_launch.inputs  # fixtures
 # A network of its own without IPv6 and without a way out, and a name that nobody knows. -r: for a user without rights.
 ALONE = ("unshare", "-Urnu", "sh", "-c", 'hostname no-such-host && ip link set lo up && exec "$@"', "sh")
 NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321")  # a user id without a name
-TWO = (TORCHRUN, *STANDALONE, "--nproc_per_node", 2, "-m", "experiments.finetune")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -32,24 +31,26 @@ def needs(command: tuple[str, ...]) -> pytest.MarkDecorator:
     return pytest.mark.skipif(why is not None, reason=f"SKIPPED: no namespace here: {why}")
 
 
+MEETING = """
+from experiments.launching import start
+def main(argv, world):
+    print("ranks that met:", world.total(1))
+start.run(main)
+"""
+
+
 @slow
 @needs(ALONE)
-@pytest.mark.parametrize("way", ["script", "torchrun", "job"])
-def test_a_name_that_means_nothing_does_not_matter(way, launch, inputs, tmp_path):
-    flags = [*inputs, "--out", tmp_path / "run", "--steps", 2]
-    both = 'RANK=1 "$@" & RANK=0 "$@" && wait $!'
-    command, environment = {
-        "script": (("bash", ROOT / "experiments/launch/ascend_1x8.sh"), {"NPUS_PER_NODE": "2"}),
-        "torchrun": (TWO, {}),
-        "job": (
-            ("sh", "-c", both, "sh", sys.executable, "-m", "experiments.finetune"),
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
-        ),
-    }[way]  # fmt: skip
-    path = f"{TORCHRUN.parent}:{os.environ['PATH']}"
-    run = launch(*ALONE, *command, *flags, **environment, PATH=path)
+@pytest.mark.parametrize("way", ["torchrun", "job"])
+def test_a_name_that_means_nothing_does_not_matter(way, launch):
+    """The line of the pages, and a launcher that is not torchrun."""
+    python = (sys.executable, "-c", MEETING)
+    both = ("sh", "-c", 'RANK=1 "$@" & RANK=0 "$@" && wait $!', "sh", *python)
+    standalone = (TORCHRUN, *STANDALONE, "--nproc_per_node", 2, "--no-python", *python)
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    run = launch(*ALONE, *both, **where) if way == "job" else launch(*ALONE, *standalone)
     assert run.wait(60) == 0, run.text()
-    assert [row["step"] for row in rows(tmp_path / "run")] == [2]
+    assert run.text().count("ranks that met: 2") == 1
 
 
 @needs(("unshare", "-Urn"))
@@ -62,16 +63,19 @@ def test_a_loopback_that_is_down_is_told_at_once():
 
 
 @slow
-@needs(ALONE)
-@needs(NOBODY)
-def test_a_user_without_a_name_in_the_language_c(launch, inputs, tmp_path):
-    """With names in Chinese, and TMPDIR at a folder that is not there."""
+@needs((*ALONE, *NOBODY))
+def test_the_script_runs_for_a_user_without_a_name_on_a_machine_without_one(launch, inputs, tmp_path):
+    """In the language C, with names in Chinese, and TMPDIR at a folder that is not there."""
     here, out = tmp_path / "数据", tmp_path / "结果"
     here.symlink_to(inputs[3])
-    flags = [*inputs, "--features", here, "--out", out, "--steps", 2]
-    unset = [word for name in ("USER", "LOGNAME", "LNAME", "USERNAME") for word in ("-u", name)]
-    run = launch("env", *unset, *NOBODY, *TWO, *flags, LC_ALL="C", LANG="C", TMPDIR=str(tmp_path / "没有"))
+    unset = ("env", *(word for name in ("USER", "LOGNAME", "LNAME", "USERNAME") for word in ("-u", name)))
+    script = ("bash", ROOT / "experiments/launch/ascend_1x8.sh")
+    run = launch(
+        *unset, *ALONE, *NOBODY, *script, *inputs, "--features", here, "--out", out, "--steps", 2, LC_ALL="C", LANG="C",
+        TMPDIR=str(tmp_path / "没有"), NPUS_PER_NODE="2", PATH=f"{TORCHRUN.parent}:{os.environ['PATH']}",
+    )  # fmt: skip
     assert run.wait(60) == 0, run.text()
+    assert [row["step"] for row in rows(out)] == [2]
     assert f"2 steps, 0 skipped: {out}/model" in run.text()
     assert run.text().count(f"TMPDIR={tmp_path}/没有: they are written in ") == 1
 

@@ -53,11 +53,10 @@ def test_ranks_know_that_they_were_started_again(launch):
 
 
 @slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_npu_check_kills_ranks_and_starts_others_on_their_devices(ranks):
+def test_npu_check_kills_ranks_and_starts_others_on_their_devices():
     lines = []
-    assert checks.run(checks.of_a_restart("cpu", ranks, pause=0.1), lines.append) == 0
-    assert lines[0] == f"{ranks} ranks, 0.1 s after others were killed: ok"
+    assert checks.run(checks.of_a_restart("cpu", 2, pause=0.1), lines.append) == 0
+    assert lines[0] == "2 ranks, 0.1 s after others were killed: ok"
 
 
 @slow
