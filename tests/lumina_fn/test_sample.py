@@ -140,6 +140,10 @@ def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(param
             params, PROMPTS, CFG, Sampling(**size), n=2, pace=Pace(2, rank=r, size=n)
         )
         assert (sum(draw(rank, processes) for rank in range(processes)) == codes).all()
+    assert (sample.generate(params, torch.tensor(PROMPTS[2]), CFG, **size, index=(2, 1)) == codes[2, 1]).all()
+    assert (sample.generate(params, PROMPTS[0], CFG, **size) == codes[0, 0]).all()
+    assert (sample.generate(params, PROMPTS[0], CFG, **size, seed=1) != codes[0, 0]).any()
+    assert (codes[0, 0] != codes[0, 1]).any()
 
 
 def test_one_compiled_block_draws_the_same_pictures_for_prompts_of_all_lengths(params, monkeypatch):
