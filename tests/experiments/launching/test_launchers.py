@@ -21,10 +21,10 @@ from lumina_fn import checkpoint, vq
 from lumina_fn.config import VQConfig
 from lumina_fn.errors import InputError
 from tests.experiments.launching import test_launch
-from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, free_port, slow
+from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, free_port, needs_root, slow
 from tests.support import small_run
 
-launch = test_launch.launch  # a fixture
+launch, hosts = test_launch.launch, test_launch.hosts  # fixtures
 
 
 def job(rank: int, size: int, port: str = "29500") -> dict[str, str]:
@@ -275,6 +275,38 @@ def test_all_launchers_make_the_same_run(launch, materials, tmp_path):
         runs = [launch(*command, **do, **told(rank)) for rank in (1, 0)]
         assert [run.wait(90) for run in runs] == [0, 0], [run.text() for run in runs]
         assert made(tmp_path / name) == wanted, name
+
+
+PODS = """
+from experiments.launching import start
+def main(argv, world):
+    print("of one pod:", world.total(world.local_size), world.total(world.local_rank))
+start.run(main)
+"""
+
+
+@slow
+@needs_root
+@pytest.mark.parametrize("told", [job, slurm], ids=["job", "slurm"])
+def test_ranks_on_two_hosts_are_each_the_first_of_its_own(told, hosts, launch):
+    """Pods are told no LOCAL_RANK; a Slurm step tells it, on two nodes whose names nobody knows here."""
+    nodes = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    where = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+    runs = [
+        launch(
+            "ip",
+            "netns",
+            "exec",
+            host,
+            sys.executable,
+            "-c",
+            PODS,
+            **{**told(i, 2), **nodes, "SLURM_NODEID": str(i), **where},
+        )
+        for i, host in enumerate(hosts)
+    ]
+    assert [run.wait(60) for run in runs] == [0, 0], [run.text() for run in runs]
+    assert runs[0].text().splitlines()[-1] == "of one pod: 2 0"
 
 
 @slow
