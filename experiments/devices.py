@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # importing it takes seconds: the functions below import it w
     import torch
 
 DEVICES = ("npu", "cuda", "cpu")  # `auto` takes the first that is available
+LET_GO = 10  # seconds from the end of the last process on an NPU until a new one may open it; HCCL asks for them
 EnvCheck = Annotated[
     Literal["error", "warn"],
     "on an NPU, what an environment variable out of its range causes (python -m experiments.ascend_env lists the ranges); "

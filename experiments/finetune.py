@@ -1,7 +1,7 @@
 """Fine-tune a model on features made by experiments.pretokenize.
 
     lumina finetune --model DIR --features DIR --out DIR
-    torchrun --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
+    torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 8 -m experiments.finetune --model DIR --features DIR --out DIR
 
 OUT receives metrics.jsonl and checkpoints/ during the run, and model/, a native folder, at its end. The same command continues
 from the last checkpoint. SIGTERM and SIGINT (Ctrl-C) end a run after the current step, with a checkpoint. With torchrun each process

@@ -3,7 +3,8 @@
     lumina npu-check
 
 On an NPU it checks every op in every dtype, with the registered kernels and, if triton-ascend is installed, with our Triton kernels;
-a small model's training steps and decoding; the exported step, compiled for the graph engine; and collectives, if there are two NPUs.
+a small model's training steps and decoding; the exported step, compiled for the graph engine; collectives, if there are two NPUs;
+and processes that start on NPUs ten seconds after the last ones there were killed, as a restart does.
 Results are compared with float64 on the CPU; the tolerance follows from the error of the same precision on the CPU. Prints one
 line per check and a summary. Exits with 1 if a check failed, otherwise with 0, also if the checks are skipped.
 """

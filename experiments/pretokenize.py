@@ -1,7 +1,7 @@
 """Turn a folder of pictures and captions into features to train on.
 
     lumina pretokenize DATA OUT --model DIR --vq DIR --size 768
-    torchrun --nproc_per_node 8 -m experiments.pretokenize DATA OUT --model DIR --vq DIR --size 768
+    torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 8 -m experiments.pretokenize DATA OUT --model DIR --vq DIR --size 768
 
 DATA is one of these:
 - a list of {"file": "images/x.jpg", "prompt": "..."} rows: JSON, JSONL or CSV, also with the keys of other tools;

@@ -1,19 +1,25 @@
 """Draw pictures from prompts.
 
     lumina sample --model DIR --vq DIR --prompt "a red circle" --width 768 --height 768 --out DIR
+    torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 8 -m -- experiments.sample --model DIR --vq DIR --prompts FILE --out DIR
 
-OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl with the prompt and settings of each.
+OUT receives one PNG per prompt and picture, named by their numbers, and samples.jsonl with the prompt and settings of each. With
+torchrun each process draws its share of the batches; the pictures are those of one process.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from experiments.devices import EnvCheck
-from lumina_fn.process import entry, flags, startup
+from experiments.launching import start
+from lumina_fn.process import flags, startup
 from lumina_fn.process.flags import Group
 from lumina_fn.process.ranges import SEED, Range
+
+if TYPE_CHECKING:
+    from experiments.launching.distributed import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +79,15 @@ class Settings:
     ] = "off"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the pictures of all prompts to OUT."""
+def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> None:
+    """Write the pictures of all prompts to OUT. `world` holds this process's rank if a launcher started it."""
     run = flags.parse(Settings, __doc__, argv)
     with startup.importing():
+        from experiments.launching import distributed
         from experiments.sampling import run as sampling
 
-    sampling.main(run)
+    sampling.main(run, world or distributed.ALONE)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    start.run(main)

@@ -96,6 +96,8 @@ class Pace(NamedTuple):
     tick: Callable[[int], None] = lambda pictures: (
         None
     )  # called after each code with the number of pictures that received one
+    rank: int = 0  # of `size` processes that share the batches: this one draws the batches rank, rank + size, ...
+    size: int = 1
 
 
 ONE = Pace()  # picture at a time
@@ -117,7 +119,7 @@ def draw_pictures(
 ) -> Int[Tensor, "N h w"]:
     """The codes of each picture. Random numbers do not depend on the batch; scores are equal up to the rounding of the batch size.
 
-    Raises InputError as `generate` does.
+    Pictures of other processes (pace.rank) are 0, so that the sum over all processes is what one process would draw, to the bit. Raises InputError as `generate` does.
     """
     special = _check(cfg, how)
     if pace.batch < 1:
@@ -132,12 +134,13 @@ def draw_pictures(
             )
     # One size of cache, so that one compiled block serves every batch, whatever its prompts' lengths.
     slots = max(map(len, on_device.values())) + len(_opening(h, w, special)) + steps
-    parts = []
-    for part in (pictures[a : a + pace.batch] for a in range(0, len(pictures), pace.batch)):
+    codes = torch.zeros(len(pictures), h, w, dtype=torch.int64, device=params.embed.device)
+    for start in range(pace.rank * pace.batch, len(pictures), pace.size * pace.batch):
+        part = pictures[start : start + pace.batch]
         random = torch.stack([uniforms(how.seed, one.prompt, one.picture, steps) for one in part])
         batch = _Batch([on_device[one.prompt] for one in part], random, slots, special)
-        parts.append(_drawn(params, batch, cfg, how, pace))
-    return torch.cat(parts)
+        codes[start : start + pace.batch] = _drawn(params, batch, cfg, how, pace)
+    return codes
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """The checks of `experiments.npu_check`, and the lines that report them."""
 
 import importlib.util
+import os
+import signal
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -9,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 import ops  # noqa: F401  (it registers torch.ops.lumina)
+from experiments import devices
 from experiments.launching import processes
 from kernels import benchmark, cases, npu
 from lumina_fn import decode, model, train
@@ -192,12 +197,34 @@ def _leaves(device: torch.device, tree: Any) -> list[Tensor]:
 
 def of_two_devices(kind: str) -> list[Check]:
     """Checks of collectives of two ranks, each with a device of its own."""
-    return [Check("collectives of 2 ranks", partial(_together, kind))]
+    return [Check("collectives of 2 ranks", partial(_together, kind, 2))]
 
 
-def _together(kind: str) -> None:
-    if faults := [fault for some in processes.run(2, collectives_faults, kind) for fault in some]:
+def of_a_restart(kind: str, ranks: int, pause: float = devices.LET_GO) -> list[Check]:
+    """Checks of ranks on devices whose last processes were killed `pause` seconds before, as torchrun --max-restarts starts them."""
+    return [Check(f"{ranks} ranks, {pause:g} s after others were killed", partial(_again, kind, ranks, pause))]
+
+
+def _together(kind: str, ranks: int) -> None:
+    if faults := [fault for some in processes.run(ranks, collectives_faults, kind) for fault in some]:
         raise Wrong("; ".join(faults))
+
+
+def _again(kind: str, ranks: int, pause: float) -> None:
+    try:
+        processes.run(ranks, killed, kind)
+    except mp.ProcessExitedException as ended:
+        if ended.exit_code != -signal.SIGKILL:
+            raise
+    time.sleep(pause)
+    _together(kind, ranks)
+
+
+def killed(rank: int, size: int, kind: str) -> None:
+    """Use a device together with the other ranks, then die at once, as by kill -9."""
+    collectives_faults(rank, size, kind)
+    time.sleep(1)  # until the others are through, so that none fails before it is killed
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def collectives_faults(rank: int, size: int, kind: str) -> list[str]:
@@ -233,6 +260,7 @@ def checks() -> Iterator[Check]:
     """All checks on this machine's NPUs; prints a line if there is only one and collectives are skipped."""
     device = torch.device("npu", torch.accelerator.current_device_index())
     yield from (*of_ops(device), *of_the_model(device), *of_the_graph(device))
+    yield from of_a_restart("npu", min(2, torch.accelerator.device_count()))
     if torch.accelerator.device_count() >= 2:
         yield from of_two_devices("npu")
     else:

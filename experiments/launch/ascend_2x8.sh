@@ -24,8 +24,11 @@ MASTER_PORT="${MASTER_PORT:-29500}"
 
 # Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
 SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
+# How often torchrun starts all processes again after one of them failed; they go on from the last checkpoint. Each then waits ten
+# seconds before it opens its NPU: HCCL needs them once a process was killed.
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
 
 # lumina: the project's own meeting of machines. torchrun's listens on all addresses.
 exec torchrun --nnodes "$NNODES" --nproc_per_node "$NPUS_PER_NODE" \
     --rdzv_backend lumina --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_conf "rank=$NODE_RANK" \
-    --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"
+    --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

@@ -27,10 +27,13 @@ MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 # Seconds that torchrun gives its processes to save and end once it is told to stop, after which it kills them.
 SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-900}"
+# How often torchrun starts all processes again after one of them failed; they go on from the last checkpoint. Each then waits ten
+# seconds before it opens its NPU: HCCL needs them once a process was killed.
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
 
 # --kill-on-bad-exit: a machine that fails ends the job on all. lumina: the project's own meeting of machines; torchrun's listen on
 # all addresses. Its machine's number is read there.
 exec srun --kill-on-bad-exit=1 sh -c 'exec torchrun --rdzv_conf "rank=${SLURM_NODEID:-0}" "$@"' sh \
     --nnodes "$NNODES" --nproc_per_node "$NPUS_PER_NODE" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend lumina --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
-    --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"
+    --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SHUTDOWN_TIMEOUT" -m experiments.finetune "$@"

@@ -1,6 +1,7 @@
 """One command on many processes.
 
 place         the rank of this process, read from the environment
+launchers     the variables of each launcher, in one table
 start         runs a command in one process, or on every rank with a guard process beside it
 guard         the process beside a rank that ends it when another process of the run dies
 rendezvous    a rendezvous backend of torchrun that listens at one address

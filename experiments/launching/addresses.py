@@ -1,13 +1,16 @@
 """This host's addresses, and sockets that listen on one of them."""
 
 import fcntl
+import hashlib
 import ipaddress
 import os
 import socket
 import struct
 from contextlib import suppress
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"  # ranks of one machine listen here: it cannot be reached over a network
+SELF = 5.0  # seconds to reach this host itself
 _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 
@@ -33,6 +36,17 @@ def own_address(launcher: str, many_hosts: bool) -> str:
     return own
 
 
+def this_host() -> bytes:
+    """16 bytes that are the same for all processes that share this machine's start, its name and its network, and for no others.
+
+    Containers and pods have a network or a name of their own, and number the devices that they were given from 0: each is a host.
+    """
+    facts = [socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    with suppress(OSError):  # the kernel does not show it
+        facts.append(str(Path("/proc/self/ns/net").readlink()))
+    return hashlib.sha256("\n".join(facts).encode()).digest()[:16]
+
+
 def _interfaces() -> dict[str, str]:
     """The IPv4 address of each network interface that has one."""
     addresses = {}
@@ -47,7 +61,8 @@ def _interfaces() -> dict[str, str]:
 def listening(host: str, port: int, many_hosts: bool) -> socket.socket:
     """A socket that listens only at the launcher's address on this host; on one machine, only at the loopback address.
 
-    Raises OSError if the address belongs to another machine or the port is taken, RuntimeError if other hosts cannot reach the address.
+    Port 0 takes one that is free. Raises OSError if the address belongs to another machine, is not reached or the port is taken,
+    RuntimeError if other hosts cannot reach the address.
     """
     address = LOOPBACK
     if many_hosts:
@@ -58,4 +73,12 @@ def listening(host: str, port: int, many_hosts: bool) -> socket.socket:
         ).is_loopback:  # on its own host, a host's name may resolve to a loopback address
             address = own_address(host, many_hosts)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # If the interface is down, such as the loopback of a new network namespace, PyTorch would wait for minutes.
+    with socket.create_server((address, 0), family=family) as probe:
+        socket.create_connection(probe.getsockname()[:2], SELF).close()
     return socket.create_server((address, port), family=family)
+
+
+def reason(error: Exception) -> str:
+    """The operating system's own words for a failed connection, or the error's."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else str(error)

@@ -1,7 +1,8 @@
 """One command on many processes: how ranks connect, and the collectives that they use.
 
-torchrun starts one process for each device, a rank, and gives it its numbers in environment variables. Ranks meet through the
-launcher's key-value store. The store outlives ranks that are started again, so the keys of each attempt have a prefix of their own.
+A launcher, such as torchrun, starts one process for each device, a rank, and tells it its numbers in environment variables. Ranks meet
+through the launcher's key-value store, or through rank 0's if the launcher has none. The launcher's store outlives ranks that are
+started again, so the keys of each attempt have a prefix of their own.
 """
 
 import io
@@ -47,6 +48,7 @@ class World:
     attempt: dist.Store | None = None  # holds the keys of this attempt
     control: dist.ProcessGroupGloo | None = None  # collectives on the CPU, whichever device computes
     ending: Ending | None = None
+    restarts: int = 0  # how often the launcher has started the ranks again
 
     def say(self, text: str) -> None:
         """Print a line on stderr, on rank 0 only."""
@@ -74,10 +76,13 @@ class World:
 
     def total(self, n: int) -> int:
         """The sum of n over all ranks."""
-        sum_ = torch.tensor([n])
+        return int(self.sum(torch.tensor([n])))
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a CPU tensor over all ranks, whose tensors have one shape; x itself receives it."""
         if self.control is not None:
-            self.control.allreduce([sum_]).wait()
-        return int(sum_)
+            self.control.allreduce([x]).wait()
+        return x
 
     def remember(self, fact: str) -> None:
         """Store a fact until the launcher ends, for ranks that it starts again."""
@@ -91,8 +96,14 @@ class World:
     def device(self, name: str) -> torch.device:
         """This rank's own device of that kind; `auto` is an NPU if there is one, else a GPU, else the CPU.
 
-        Raises InputError if it is not available, and for a numbered device if there are several ranks.
+        A rank that was started again first waits until an NPU lets go of the process that was there before it. Raises InputError if the
+        device is not available, and for a numbered device if there are several ranks.
         """
+        if self.restarts and devices.kind(name) == "npu":
+            self.say(
+                f"note: started again: the devices are left alone for {devices.LET_GO} s, until the last processes are off them"
+            )
+            time.sleep(devices.LET_GO)
         if self.size == 1:
             return devices.device(name)
         kind = devices.kind(name) if name == "auto" else name
@@ -116,7 +127,7 @@ def run(main: Callable[..., int | None]) -> None:
 
 def run_rank(main: Callable[..., int | None], here: Place, own: start.Guard) -> int:
     """Run main(None, world) on this rank; returns its exit code. If a rank fails, the process exits instead."""
-    ending = Ending(f"rank {here.rank} of {here.size}", here.local_rank, own)
+    ending = Ending(f"rank {here.rank} of {here.size}", here.local_rank or 0, own)
     watch_launcher(ending)
     world, done = _join(here, ending)
     try:
@@ -148,19 +159,36 @@ def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
     try:
         store = _store(here, ending)
         store.set_timeout(MEET)
-        launch = dist.PrefixStore("lumina", store)
+        launch = dist.PrefixStore(f"lumina {here.run}", store)
         attempt = dist.PrefixStore(_meet(launch, here.rank, here.size), launch)
         ending.store = attempt.clone()  # a second connection: the first one may be blocked in a call
-        world = World(here.rank, here.size, here.local_rank, here.local_size, launch, attempt, ending=ending)
+        world = World(
+            here.rank, here.size, here.local_rank or 0, here.local_size or 1, launch, attempt, ending=ending, restarts=here.restarts
+        )  # fmt: skip
         if here.size == 1:
             return world, ending.guard.done
         launcher = addresses.LOOPBACK if here.one_host else here.address
         address = addresses.own_address(launcher, many_hosts=not here.one_host)
         done = watch_neighbour(attempt, here.rank, here.size, address, ending)
         control = dist.ProcessGroupGloo(dist.PrefixStore("control", attempt), here.rank, here.size, FOREVER)
+    except InputError as error:
+        ending(2, errors.printable(error))
     except (RuntimeError, OSError, ValueError) as error:
         ending(1, f"cannot meet the other ranks: {str(error).splitlines()[0]}")
-    return replace(world, control=control), done
+    return _on_its_host(replace(world, control=control), here), done
+
+
+def _on_its_host(world: World, here: Place) -> World:
+    """The world with the numbers of this rank's host. Where the launcher does not tell them, ranks on equal hosts are counted."""
+    if None not in (here.local_rank, here.local_size):
+        return world
+    own = torch.frombuffer(bytearray(addresses.this_host()), dtype=torch.uint8)
+    hosts = [torch.empty_like(own) for _ in range(world.size)]
+    world.control.allgather([hosts], [own]).wait()
+    neighbours = [rank for rank, host in enumerate(hosts) if torch.equal(host, own)]
+    local_rank = neighbours.index(world.rank) if here.local_rank is None else here.local_rank
+    world.ending.local_rank = local_rank
+    return replace(world, local_rank=local_rank, local_size=here.local_size or max(len(neighbours), local_rank + 1))
 
 
 def _store(here: Place, ending: Ending) -> dist.Store:
@@ -168,7 +196,7 @@ def _store(here: Place, ending: Ending) -> dist.Store:
 
     On one machine under torchrun it is a file that only this user can access: torchrun's own store listens on all addresses, and
     anyone who reaches it can read and write it. On several machines it is the launcher's store if there is one, else a store of
-    rank 0 that listens only at MASTER_ADDR.
+    rank 0 that listens only at MASTER_ADDR. Raises InputError if rank 0 cannot listen there.
     """
     if ending.guard.folder is not None:
         path = ending.guard.folder / guard.STORE
@@ -178,7 +206,13 @@ def _store(here: Place, ending: Ending) -> dist.Store:
         return dist.HashStore()
     host = here.address if here.stored or not here.one_host else addresses.LOOPBACK
     if not here.stored and here.rank == 0:
-        listener = addresses.listening(host, here.port, many_hosts=not here.one_host)
+        try:
+            listener = addresses.listening(host, here.port, many_hosts=not here.one_host)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"MASTER_ADDR={here.address}, MASTER_PORT={here.port}: rank 0 cannot listen there ({addresses.reason(error)}); expected "
+                "an address of its own on the network that all ranks share, and a port that is free on it"
+            ) from error
         host = listener.getsockname()[0]
         store = dist.TCPStore(
             host, here.port, here.size, True, CONNECT, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -242,8 +276,12 @@ def mesh(world: World, device: torch.device, sharing: Sharing) -> Mesh | None:
     """
     if world.size == 1:
         return None
-    shard_size = sharing.shard_size or world.local_size
-    if sharing.strategy.startswith("hybrid") and world.size % shard_size:
+    shard_size, hybrid = sharing.shard_size or world.local_size, sharing.strategy.startswith("hybrid")
+    if hybrid and not sharing.shard_size and world.total(world.local_size) != world.size * world.local_size:
+        raise InputError(
+            f"--strategy {sharing.strategy}: hosts have different numbers of ranks, one of them {world.local_size}; give --shard-size"
+        )
+    if hybrid and world.size % shard_size:
         raise InputError(f"--shard-size {shard_size}: expected a divisor of the {world.size} ranks")
     dist.init_process_group(
         dist.get_default_backend_for_device(device), store=dist.PrefixStore("group", world.attempt), rank=world.rank,

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from experiments.launching import addresses
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -24,6 +26,7 @@ def run(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _rank(rank: int, size: int, folder: str, fn: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
+    addresses.own_address(addresses.LOOPBACK, many_hosts=False)  # gloo listens there, and looks up no name
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     torch.save(fn(rank, size, *args), f"{folder}/{rank}")
     dist.barrier()

@@ -2,7 +2,7 @@
 
 The store of torchrun's own backends, static and c10d, listens on all addresses of a machine, without a password: anyone who reaches
 it can stop a run. This backend is the static one with a socket that is bound to the endpoint's address, or on one machine to the
-loopback address. torchrun finds it through an entry point in pyproject.toml.
+loopback address, where port 0 takes one that is free. torchrun finds it through an entry point in pyproject.toml.
 """
 
 import socket
@@ -74,7 +74,7 @@ def _bound(told: RendezvousParameters) -> RendezvousHandler:
         address, port = parse_rendezvous_endpoint(told.endpoint, -1)
     except ValueError:
         port = -1
-    if not 0 < port <= MOST_PORTS:
+    if not (0 if hosts == 1 else 1) <= port <= MOST_PORTS:
         raise InputError(f"--rdzv_endpoint {told.endpoint}: expected ADDRESS:PORT of the first machine")
     listener = None
     if int(rank) == 0:
@@ -82,9 +82,10 @@ def _bound(told: RendezvousParameters) -> RendezvousHandler:
             listener = addresses.listening(address, port, many_hosts=hosts > 1)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"--rdzv_endpoint {told.endpoint}: this machine, the first one, cannot listen there ({error}); expected an address "
+                f"--rdzv_endpoint {told.endpoint}: this machine, the first one, cannot listen there ({addresses.reason(error)}); expected an address "
                 "of its own on the network that all machines share, and a port that is free on it"
             ) from error
+        port = listener.getsockname()[1]
     if hosts == 1:
         address = addresses.LOOPBACK
     return _Bound(listener, address, port, int(rank), hosts, told.run_id, told.get_as_int("timeout", _TIMEOUT))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiments import LAUNCHER
-from experiments.launching import guard, place
+from experiments.launching import guard, launchers, place
 from experiments.launching.place import Place
 from lumina_fn.errors import InputError
 from lumina_fn.process import entry, startup
@@ -32,7 +32,7 @@ class Guard:
         self._channel, channel = socket.socketpair()
         keeps = guard.KEEPER if here.local_rank == 0 else ""
         words = [os.getpid(), channel.fileno(), self.folder or "", keeps, *(self.launcher or ())]
-        environment = {name: value for name, value in os.environ.items() if name not in place.NAMES}
+        environment = {name: value for name, value in os.environ.items() if name not in launchers.NAMES}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *map(str, words)], pass_fds=[channel.fileno()], cwd="/",
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -71,6 +71,8 @@ def _run(main: Callable[..., int | None], argv: None) -> int | None:
         return main(argv)
     # The guard starts first, since a rank may be stopped (SIGSTOP) while it imports PyTorch.
     own = Guard(here)
+    if here.one_host or (here.local_size or 1) > 1:  # ranks that share a host's cores; torchrun does the same
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     with startup.importing():
         from experiments.launching import distributed
 

@@ -103,9 +103,9 @@ def _launched(words: list[str], devices: dict[str, str]) -> list[str]:
     count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
     if count * nodes == 1:
         return ["python", *words]
-    where = [
-        word for flag, value in devices.items() if nodes > 1 or flag == "--nproc-per-node" for word in (flag, value)
-    ]
+    if nodes == 1:  # at any free port, and without a look-up of the machine's name, which a container may not have
+        return ["torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count), *words]
+    where = [word for flag, value in devices.items() for word in (flag, value)]
     return ["torchrun", *where, *words]
 
 

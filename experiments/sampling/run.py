@@ -1,10 +1,10 @@
 """The run of `experiments.sample`, once its settings are known: prompts to codes to pictures."""
 
 import json
-import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from experiments import devices
+from experiments.launching.distributed import World
 from experiments.planning import memory
 from lumina_fn import checkpoint, errors, prompt, sample, vq
 from lumina_fn.config import VQConfig
@@ -31,21 +32,34 @@ SCHEDULES = {"constant": sample.constant, "reference": sample.reference}
 
 
 @memory.lowered_by("lower --batch, or give --dtype bfloat16")
-def main(run: "Settings") -> None:
-    """Write the pictures of all prompts to OUT. Raises InputError."""
+def main(run: "Settings", world: World) -> None:
+    """Write the pictures of all prompts to OUT, of which each rank draws its share. Raises InputError."""
     captions = read_prompts(run)
     tokenizer = prompt.load_tokenizer(run.model)
     _check(run, captions, tokenizer)
     places.place(run.out, [run.model, run.vq, *([run.prompts] if run.prompts else [])])
-    device = devices.checked_device(run)
+    device = devices.checked_device(run, world.device, world.say)
     compiled = devices.compiling(run.compile, device) == "blocks"
     dtype = getattr(torch, run.dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16"))
-    with files.new_folder(run.out, "pictures", run.overwrite) as folder:
+    with files.new_folder(run.out, "pictures", run.overwrite) if world.rank == 0 else nullcontext() as folder:
         vq_params, vq_cfg = checkpoint.load_vq(run.vq, device)
-        ids = _drawable(run, vq_cfg, tokenizer.ids)
-        codes = draw(run, captions, replace(tokenizer, ids=ids), device, dtype, compiled)
-        count = write(folder, run, captions, codes, vq_params, vq_cfg)
-    print(errors.printable(f"{count} {'picture' if count == 1 else 'pictures'}: {run.out}"))
+        ids = _drawable(run, vq_cfg, tokenizer.ids, world)
+        if (idle := world.size - -(-len(captions) * run.n // run.batch)) > 0:
+            world.say(f"note: --batch {run.batch} leaves {idle} of {world.size} processes without work")
+        how = Drawing(device, dtype, compiled, world)
+        codes = world.sum(draw(run, captions, replace(tokenizer, ids=ids), how).cpu())
+        count = write(folder, run, captions, codes, vq_params, vq_cfg) if folder is not None else 0
+    if world.rank == 0:
+        print(errors.printable(f"{count} {'picture' if count == 1 else 'pictures'}: {run.out}"))
+
+
+class Drawing(NamedTuple):
+    """Where codes are drawn, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    world: World
 
 
 def read_prompts(run: "Settings") -> list[str]:
@@ -63,11 +77,9 @@ def read_prompts(run: "Settings") -> list[str]:
     return captions
 
 
-def draw(
-    run: "Settings", captions: list[str], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> Int[Tensor, "P n h w"]:
-    """The codes of n pictures for each of P prompts."""
-    params, cfg = checkpoint.load_model(run.model, device, dtype)
+def draw(run: "Settings", captions: list[str], tokenizer: Tokenizer, on: Drawing) -> Int[Tensor, "P n h w"]:
+    """The codes of n pictures for each of P prompts; 0 for those that other ranks draw."""
+    params, cfg = checkpoint.load_model(run.model, on.device, on.dtype)
     cfg = replace(cfg, masked_ids=(), ids=tokenizer.ids)  # mask_image_logits is for text, and this draws pictures
     columns = (
         TextColumn("{task.description}"),
@@ -76,13 +88,15 @@ def draw(
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("codes", total=len(captions) * run.n * (run.height * run.width // PIXELS_PER_CODE**2))
+    with Progress(*columns, console=console, disable=on.world.rank != 0 or not console.is_terminal) as progress:
+        pictures = -(-len(captions) * run.n // on.world.size)  # of this rank, but for a part of a batch
+        task = progress.add_task("codes", total=pictures * (run.height * run.width // PIXELS_PER_CODE**2))
         prompts = [prompt.prompt_ids(tokenizer, caption, run.width, run.height) for caption in captions]
         how = Sampling(
             run.height, run.width, run.guidance, SCHEDULES[run.guidance_schedule], run.top_k, run.temperature, run.min_p, run.seed
         )  # fmt: skip
-        pace = Pace(run.batch, compiled, lambda pictures: progress.advance(task, pictures))
+        tick = lambda drawn: progress.advance(task, drawn)
+        pace = Pace(run.batch, on.compiled, tick, on.world.rank, on.world.size)
         return sample.generate_many(params, prompts, cfg, how, n=run.n, pace=pace)
 
 
@@ -117,7 +131,7 @@ def _check(run: "Settings", captions: list[str], tokenizer: Tokenizer) -> None:
             raise InputError(f"prompt {number}: {problem}; leave it out")
 
 
-def _drawable(run: "Settings", cfg: VQConfig, ids: Ids) -> Ids:
+def _drawable(run: "Settings", cfg: VQConfig, ids: Ids, world: World) -> Ids:
     """The model's ids, limited to the codes that the VQ has. Raises InputError for codes of another size in pixels."""
     if cfg.downsampling != PIXELS_PER_CODE:
         raise InputError(
@@ -127,5 +141,5 @@ def _drawable(run: "Settings", cfg: VQConfig, ids: Ids) -> Ids:
         note = (
             f"{run.vq} has {cfg.codes} codes, {run.model} has ids for {ids.codes}: only the first {cfg.codes} are drawn"
         )
-        print(errors.printable(note), file=sys.stderr)
+        world.say(note)
     return replace(ids, codes=min(ids.codes, cfg.codes))

@@ -109,9 +109,8 @@ class _Output(io.FileIO):
 
 def _watched(stream: TextIO) -> TextIO:
     raw = _Output(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=bool(stream.line_buffering)
-    )
+    errors = stream.errors if stream.errors != "strict" else "backslashreplace"  # a name that this terminal cannot show
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors, line_buffering=bool(stream.line_buffering))
 
 
 def _lost_output() -> int | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from lumina_fn.errors import printable
 from lumina_fn.process import out_of_memory
 
 
@@ -26,11 +27,36 @@ def end_at_once(*_: object) -> None:
 
 
 def begin() -> None:
-    """Install the handlers for Ctrl-C and for failed allocation if `python -m` or `lumina` imports this package; for __init__."""
-    command = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name == "lumina"
-    if command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    """Prepare a command, if `python -m` or `lumina` imports this package: Ctrl-C, failed allocation, temporary files; for __init__.
+
+    Exits with 2 and a line if no temporary file can be written.
+    """
+    if sys.argv[:1] != ["-m"] and Path(*sys.argv[:1]).name != "lumina":
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
         sys.excepthook = _told
+    _check_temporary_folder()
+
+
+def _check_temporary_folder() -> None:
+    wanted = os.environ.get("TMPDIR")
+    try:
+        found = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        _write(f"error: {error.strerror}; name a folder that can be written by TMPDIR")
+        raise SystemExit(2) from None
+    with suppress(OSError):  # it is not there
+        if not wanted or Path(wanted).samefile(found):
+            return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _write(f"note: no temporary file can be written in TMPDIR={wanted}: they are written in {found}")
+
+
+def _write(line: str) -> None:
+    """Write a line to stderr, if it is open, before the command's own output exists."""
+    with suppress(OSError):
+        os.write(2, f"{printable(line)}\n".encode(errors="backslashreplace"))
 
 
 def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -38,22 +64,24 @@ def _told(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if (line := out_of_memory.line(error)) is None:
         sys.__excepthook__(kind, error, trace)
     else:
-        with suppress(OSError):
-            os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
+        _write(f"error: {line}")
 
 
 def keep_compiled_code() -> None:
     """Create the folder of the compile cache, which PyTorch's imports need; if that fails, use a temporary folder of this process."""
-    place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_cache()).absolute()
+    try:
+        place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_cache()).absolute()
+    except FileNotFoundError:  # there is no folder for temporary files
+        return
     with suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)
         if os.access(place, os.W_OK | os.X_OK):
             return
-    with suppress(OSError):  # there may be no folder for temporary files
+    with suppress(OSError):
         own = tempfile.TemporaryDirectory(prefix="lumina-compiled-", ignore_cleanup_errors=True)
         atexit.register(own.cleanup)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = own.name
-        os.write(2, f"note: no compile cache can be kept in {str(place)!a}: code is compiled anew each time\n".encode())
+        _write(f"note: no compile cache can be kept in {str(place)!a}: code is compiled anew each time")
 
 
 def _default_cache() -> str:

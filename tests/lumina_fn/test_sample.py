@@ -135,6 +135,11 @@ def test_a_picture_is_the_same_in_every_batch_and_another_for_another_seed(param
     for batch in (2, 3, 6, 100):
         assert (sample.generate_many(params, PROMPTS, CFG, Sampling(**size), n=2, pace=Pace(batch)) == codes).all()
     assert (sample.generate_many(params, PROMPTS, CFG, Sampling(**size), n=1, pace=Pace(2)) == codes[:, :1]).all()
+    for processes in (2, 9):  # each draws its share of the batches, the last of nine nothing
+        draw = lambda r, n: sample.generate_many(
+            params, PROMPTS, CFG, Sampling(**size), n=2, pace=Pace(2, rank=r, size=n)
+        )
+        assert (sum(draw(rank, processes) for rank in range(processes)) == codes).all()
     assert (sample.generate(params, torch.tensor(PROMPTS[2]), CFG, **size, index=(2, 1)) == codes[2, 1]).all()
     assert (sample.generate(params, PROMPTS[0], CFG, **size) == codes[0, 0]).all()
     assert (sample.generate(params, PROMPTS[0], CFG, **size, seed=1) != codes[0, 0]).any()

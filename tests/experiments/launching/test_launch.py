@@ -28,6 +28,7 @@ from tests.support.paths import ROOT
 from tests.support.small_run import write_inputs
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
+STANDALONE = ("--standalone", "--local-addr", "127.0.0.1")  # as the pages' lines for one machine
 ENDLESS = ("--steps", 100_000, "--log-every", 1)
 # 7 items in steps of 3, 3 and 1: one rank has less to do, then nothing.
 FIVE_STEPS = ("--steps", 5, "--log-every", 1, "--batch", 3, "--caption-drop", 0.5, "--lr", 1e-2, "--dtype", "float64")
@@ -334,12 +335,23 @@ def test_scripts_take_their_place_from_the_environment(script, launch, tmp_path)
     run = launch(
         "bash", ROOT / "experiments" / "launch" / script, PATH=f"{tmp_path}:{os.environ['PATH']}",
         NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", SLURM_NODEID="4",
-        SLURM_JOB_ID="7", SLURM_NNODES="5", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="here",
+        SLURM_JOB_ID="7", SLURM_NNODES="5", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="here", MAX_RESTARTS="3",
     )  # fmt: skip
     assert run.wait(10) == 0, run.text()
     assert "--nnodes 3 " in run.text()
     assert "--rdzv_backend lumina --rdzv_endpoint 10.0.0.1:1234 " in run.text()
     assert f"--rdzv_conf rank={4 if 'slurm' in script else 2} " in run.text()
+    assert "--max-restarts 3 " in run.text()
+    assert "--local-addr" not in run.text()
+
+
+def test_the_script_of_one_machine_takes_any_port_and_looks_up_no_name(launch, tmp_path):
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    run = launch("bash", ROOT / "experiments/launch/ascend_1x8.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert run.wait(10) == 0, run.text()
+    assert "--local-addr 127.0.0.1 --rdzv_backend lumina --rdzv_endpoint 127.0.0.1:0 " in run.text()
+    assert "--max-restarts 0 " in run.text()
 
 
 def meet(store: dist.Store, size: int) -> list[str]:

@@ -96,9 +96,17 @@ def test_torchrun_listens_on_the_loopback_alone():
     assert handler.get_backend() == "lumina"
 
 
+def test_two_runs_on_one_machine_take_ports_of_their_own():
+    infos = [rendezvous.handler()(parameters("127.0.0.1:0")).next_rendezvous() for _ in range(2)]
+    ports = {info.bootstrap_store_info.master_port for info in infos}
+    assert len(ports) == 2
+    assert {(LOOPBACK, port) for port in ports} <= listening([os.getpid()])
+
+
 @pytest.mark.parametrize(
     "told",
     [
+        parameters("10.0.0.1:0", hosts=2, rank="0"),  # the others could not know it
         parameters("10.255.255.1:29500", hosts=2, rank="0"),  # another machine's
         parameters("127.0.0.1:29500", hosts=2, rank="0"),  # where others do not find it
         parameters("127.0.0.1:29500", hosts=2),
