@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ EXPECTED = "a Parquet file with a column of pictures and a column of captions"
 FORM = "Parquet"
 AT_ONCE = 16  # rows that are decoded at once
 _OTHER_FILES = ("jpg", "jpeg", "png", "webp")  # columns that hold pictures, where no other does
-MAX_PART = 4 << 30  # bytes of a column in a row group, before it is decoded
+MAX_PART = 16 << 30  # bytes of a row group, not compressed
 
 
 def opened(paths: Sequence[Path], how: How) -> Stored:
@@ -33,21 +34,11 @@ def opened(paths: Sequence[Path], how: How) -> Stored:
 
 
 def _one(path: Path, name: str, how: How) -> Stored:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise InputError(f"{path}: to read Parquet: pip install 'lumina-fn[data]'") from error
-    file = _file(path)
-    about, schema = file.metadata, file.schema_arrow
-    file.close(force=True)
-    types = {field.name: field.type for field in schema}
+    types, ends = _about(path)
     pictures = [name for name in (*FILE_KEYS, *_OTHER_FILES, *types) if _is_picture(name, types)]
     picture = _column(path, "file", how.keys.file, pictures, types)
     captions = [name for name in (*PROMPT_KEYS, "txt") if _is_text(types.get(name))]
     caption = _column(path, "prompt", how.keys.prompt, captions, types)
-    ends = np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)], dtype=np.int64)
-    if len(ends) == 0 or ends[-1] == 0:
-        raise InputError(f"{path}: the file has no rows; expected {EXPECTED}")
     columns = [caption, *([picture] if _is_text(types[picture]) else [])]
 
     def values(part: range, pictures: bool) -> Iterator[tuple[Any, Source | None]]:
@@ -62,7 +53,7 @@ def _one(path: Path, name: str, how: How) -> Stored:
                 for found in _group(path, group, range(own.start - begin, own.stop - begin), wanted):
                     yield _value(f"{name}#{number}", found.get(picture), found[caption])
                     number += 1
-            except (pyarrow.ArrowException, OSError, InputError) as error:
+            except Exception as error:  # pyarrow's, and OSError, UnicodeError and others where a file is damaged
                 for missing in range(number, own.stop):
                     yield Unread(f"row group {group} cannot be read: {error}", f"{name}#{missing}"), None
 
@@ -78,37 +69,54 @@ def _value(name: str, picture: Any, caption: Any) -> tuple[Any, Source | None]:
     return {"file": file if isinstance(file, str) else name, "prompt": caption}, None
 
 
-def _file(path: Path) -> "ParquetFile":
-    from pyarrow import ArrowException
+def _about(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """The columns' types by their names, and the number of rows up to the end of each row group. Raises InputError."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{path}: to read Parquet: pip install 'lumina-fn[data]'") from error
+    try:
+        with _opened(path) as file:
+            about = file.metadata
+            counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+            types = {field.name: field.type for field in file.schema_arrow}
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow's, and OSError, UnicodeError and others
+        raise InputError(f"{path}: not Parquet, or damaged: {error}; expected {EXPECTED}") from error
+    size = path.stat().st_size
+    if min(counts, default=0) < 0 or sum(counts) > size:
+        raise InputError(
+            f"{path}: it says that it has {sum(counts)} rows in {size} bytes: it is damaged; expected {EXPECTED}"
+        )
+    if sum(counts) == 0:
+        raise InputError(f"{path}: the file has no rows; expected {EXPECTED}")
+    return types, np.cumsum(counts, dtype=np.int64)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["ParquetFile"]:
     from pyarrow.parquet import ParquetFile
 
-    file = reading.opened(path, EXPECTED)
-    try:
-        return ParquetFile(file, buffer_size=1 << 20)
-    except (ArrowException, OSError) as error:
-        file.close()
-        raise InputError(f"{path}: not Parquet, or damaged: {error}; expected {EXPECTED}") from error
+    # Without a thread pool and without reading ahead, a few pages are in memory.
+    with reading.opened(path, EXPECTED) as raw, ParquetFile(raw, buffer_size=1 << 20) as file:
+        yield file
 
 
 def _group(path: Path, group: int, part: range, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Some rows of a row group, by their columns. Raises InputError, and pyarrow's errors."""
-    file = _file(path)
-    try:
-        about = file.metadata.row_group(group)
-        for column in (about.column(i) for i in range(about.num_columns)):
-            if column.path_in_schema.split(".")[0] in columns and not 0 <= column.total_uncompressed_size <= MAX_PART:
-                raise InputError(f"{column.total_uncompressed_size} bytes in one row group, more than {MAX_PART}")
+    with _opened(path) as file:
+        # Not of each column: pyarrow's reader of a column's footer ends the process where that is damaged.
+        if not 0 <= (size := file.metadata.row_group(group).total_byte_size) <= MAX_PART:
+            raise InputError(f"{size} bytes in one row group: expected at most {MAX_PART}")
         at = 0
         for batch in file.iter_batches(AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
-            if at + batch.num_rows > part.start:
-                for i in range(max(part.start - at, 0), min(part.stop - at, batch.num_rows)):
-                    yield {name: batch.column(name)[i].as_py() for name in columns}
+            for i in range(max(part.start - at, 0), min(part.stop - at, batch.num_rows)):
+                yield {name: batch.column(name)[i].as_py() for name in columns}
             at += batch.num_rows
             if at >= part.stop:
                 return
         raise InputError(f"it has {at} rows, fewer than it says")
-    finally:
-        file.close(force=True)
 
 
 def _column(path: Path, kind: str, asked: str | None, known: list[str], types: dict[str, Any]) -> str:
