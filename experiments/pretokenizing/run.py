@@ -20,7 +20,7 @@ from experiments import devices
 from experiments.finetuning import run_folder
 from experiments.launching.distributed import World
 from experiments.planning import memory
-from experiments.pretokenizing import folder, shard_claims
+from experiments.pretokenizing import context, folder, shard_claims
 from experiments.pretokenizing.encoding import Encode, Tally, Work, encode_shards
 from experiments.pretokenizing.rows import Recipe, prepare
 from experiments.pretokenizing.shard_claims import Shard
@@ -152,4 +152,6 @@ def _roots(run: "Settings") -> list[Path]:
 def _check(run: "Settings", tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
+    if run.long == "error":
+        context.check(run.model, tokenizer, run.size)
     lookup.check_roots(run.image_root)
