@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lumina_fn.process import entry, flags, startup
-from lumina_fn.process.flags import POSITIONAL
+from lumina_fn.process.flags import POSITIONAL, REPEATED
 from lumina_fn.process.ranges import MAX_TARGET, Range
 
 
@@ -31,6 +31,11 @@ class Settings:
         "for features: the target_size in pixels that they were extracted with; 0: not known",
         Range(0, MAX_TARGET),
     ] = 0
+    set: Annotated[
+        tuple[str, ...],
+        "for a guide: NAME=VALUE, a variable of its scripts, or the number of an argument, that is known only when they run; may be given several times",
+        REPEATED,
+    ] = ()
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 
