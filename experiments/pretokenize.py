@@ -87,4 +87,5 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> Non
 
 
 if __name__ == "__main__":
+    startup.let_idle_threads_sleep()
     start.run(main)
