@@ -5,8 +5,9 @@
 
 GUIDE_DIR is a MindSpeed-MM checkout, or a folder with the guide's files. Nothing in it is run. The equivalent commands
 are printed and written to DIR/commands.sh; DIR/report.md lists what each field becomes here. A field that would change results is an
-error that names it. FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM):
-DIR becomes a feature set for experiments.finetune. Records that cannot be used are listed with the reason in DIR/quarantine.jsonl.
+error that names it; what decides results and is known only when the scripts run is asked for: --set NNODES=2.
+FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM): DIR becomes a feature set for
+experiments.finetune. Records that cannot be used are listed with the reason in DIR/quarantine.jsonl.
 """
 
 from collections.abc import Sequence

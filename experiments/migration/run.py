@@ -39,6 +39,8 @@ def main(run: "Settings") -> None:
     if not run.source.is_dir():
         raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
     if foreign.indexes(run.source):
+        if run.set:
+            raise InputError(f"--set {run.set[0]}: {run.source} holds extracted features, and no scripts")
         _features(run)
     elif run.model is not None or run.size:
         raise InputError(f"{run.source} holds no extracted features, which --model and --size are for")

@@ -118,6 +118,8 @@ def _change_folder(script: Script, words: list[list[Piece]]) -> None:
     found = [part for word in words for part in expand_word(script, word) if part not in ("--", "-P", "-L")]
     if len(found) != 1 or found[0] == "-":
         raise Unknown("`cd` without one folder's name is not read")
+    if not readable(found[0]).isprintable():
+        raise Unknown("`cd` to a name with control characters, which commands.sh cannot name")
     script.folder = os.path.normpath(Path(script.folder) / found[0])
     script.folders.append(found[0])
     if not opened(script.folder) and not Path(found[0]).is_absolute() and not Path(script.folder).is_dir():

@@ -17,6 +17,7 @@ from experiments import finetune, migrate
 from experiments.migration import shell
 from lumina_fn.errors import InputError
 from lumina_fn.process.flags import parse
+from tests.support.extracted_features import write_alpha
 from tests.support.mindspeed_guide import BASE, TRAIN, migrated, write_guide
 
 SCRIPTS = ("pretrain.sh", "feature_extract/feature_extraction.sh")
@@ -177,6 +178,12 @@ def test_a_set_that_sets_nothing_is_refused(tmp_path, flag, said):
         migrate.main([guide, "--out", str(tmp_path / "out"), "--set", "MBS=1", "--set", "MBS=2"])
 
 
+def test_features_have_no_scripts(tmp_path):
+    write_alpha(tmp_path / "theirs", [(4, 4)])
+    with pytest.raises(InputError, match=r"--set N=1: .* holds extracted features, and no scripts"):
+        migrate.main([str(tmp_path / "theirs"), "--out", str(tmp_path / "out"), "--set", "N=1"])
+
+
 def test_a_set_holds_for_what_follows_from_it_and_runs_nothing(tmp_path):
     guide = write_guide(tmp_path / "guide")
     found = migrated(guide, tmp_path / "out")
@@ -218,6 +225,7 @@ def test_a_change_of_folder_is_where_paths_are_found_from(tmp_path, line):
         ("cd", "`cd` without one folder"),
         ("cd -", "`cd` without one folder"),
         ("cd nowhere", "`cd` to nowhere, which is not there"),
+        ("cd '/a\nb'", "control characters"),
         ("cd $WORK", "--set WORK=..."),
         ("cd ~/mm", "--set HOME=..."),
         ("[ -d x ] && cd examples", "depends on what ran before"),
