@@ -106,6 +106,7 @@ def test_what_changes_no_result_is_left_to_who_runs_the_commands(tmp_path, line,
     if seen is None:  # before hours of work
         assert done.returncode != 0
         assert "NPUS_PER_NODE=... bash commands.sh" in done.stderr
+        assert "line 6:" in done.stderr  # of commands.sh, in which the features come later
         assert not (tmp_path / "seen").exists()
     else:
         assert done.returncode == 0, done.stderr
@@ -176,6 +177,20 @@ def test_a_set_that_sets_nothing_is_refused(tmp_path, flag, said):
         migrate.main([guide, "--out", str(tmp_path / "out"), "--set", flag])
     with pytest.raises(InputError, match="--set MBS is given twice"):
         migrate.main([guide, "--out", str(tmp_path / "out"), "--set", "MBS=1", "--set", "MBS=2"])
+
+
+def test_a_batch_that_follows_from_the_devices_is_asked_for(tmp_path):
+    """Where the flag is missing it is a micro batch for each device."""
+    guide = edited(write_guide(tmp_path / "guide"), ("N=8", "N=$(nproc)"), (" --global-batch-size $GBS", ""))
+    with pytest.raises(InputError, match=r"^1 value is .* N \(line 5: \$\(nproc\) .* decides the batch.*--set N="):
+        migrate.main([str(guide), "--out", str(tmp_path / "out")])
+    assert "--batch 8 --micro-batch 2" in written(guide, tmp_path / "out", "--set", "N=4")
+
+
+def test_a_set_comes_before_a_default(tmp_path):
+    guide = write_guide(tmp_path / "guide", extra="--seed ${SEED:-3}")
+    assert "--seed 3" in written(guide, tmp_path / "out")
+    assert "--seed 4" in written(guide, tmp_path / "set", "--set", "SEED=4")
 
 
 def test_features_have_no_scripts(tmp_path):

@@ -42,7 +42,7 @@ def test_a_size_that_is_cut_is_refused_with_one_that_fits(call, picture, model, 
     )
     assert not (tmp_path / "out").exists()
     code, said = call(rows, model=model(least - 1, native), size=160)
-    assert "give --size 64" in said[0]  # the tallest shape of 96 would be cut
+    assert "give --size 64" in said[0]
     code, said = call(rows, model=model(limit, native), size=96, out=tmp_path / "fits")
     assert code == 0, said
     assert max(data.FeatureSet(tmp_path / "fits").lengths()) == limit
@@ -63,6 +63,13 @@ def test_a_config_that_says_nothing_checks_nothing(tmp_path, config):
     assert context.positions(tmp_path) is None
     (tmp_path / "config.json").write_text(config)
     assert context.positions(tmp_path) is None
+
+
+def test_a_size_fits_where_its_longest_shape_does():
+    """A tall picture has more ends of lines than a square of as many codes."""
+    square, tall = (context._tokens(TOKENIZER, *shape) for shape in ((128, 128), (64, 256)))
+    assert square < tall == context._most(TOKENIZER, 128)
+    assert [context.largest(TOKENIZER, limit, 160) for limit in (square, tall - 1, tall)] == [96, 96, 128]
 
 
 def test_the_search_for_a_size_is_short(model):
