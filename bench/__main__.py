@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from bench import ceilings, checkpoint, convert, decoding, fsdp, language, pictures, startup, table
+from bench import ceilings, checkpoint, convert, decoding, fsdp, language, pictures, startup, table, waiting
 from bench.harness import Row
 from lumina_fn.disk import files
 from lumina_fn.errors import InputError
@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "checkpoint": checkpoint.rows,
     "convert": convert.rows,
     "startup": startup.rows,
+    "waiting": waiting.rows,
 }
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None) -> int:
     run = parse(Settings, __doc__, argv)
     if unknown := [name for name in run.only if name not in PARTS]:
         raise InputError(f"--only {unknown[0]}: expected some of {', '.join(PARTS)}")
-    os.environ.pop("OMP_WAIT_POLICY", None)  # users have none; a side that waits sleeps a moment after its last product
+    os.environ.pop("OMP_WAIT_POLICY", None)  # of `make`: both sides of a row have the default, except in `waiting`
     before = json.loads(run.out.read_text()) if run.out.exists() and set(run.only) != set(PARTS) else {"rows": []}
     measured = ceilings.measured()
     print(", ".join(f"{name} {value}" for name, value in measured.items()), flush=True)

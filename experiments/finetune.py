@@ -46,4 +46,5 @@ def _embedded_default(world: "World | None") -> list[str]:
 
 
 if __name__ == "__main__":
+    startup.let_idle_threads_sleep()
     start.run(main)

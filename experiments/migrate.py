@@ -5,8 +5,9 @@
 
 GUIDE_DIR is a MindSpeed-MM checkout, or a folder with the guide's files. Nothing in it is run. The equivalent commands
 are printed and written to DIR/commands.sh; DIR/report.md lists what each field becomes here. A field that would change results is an
-error that names it. FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM):
-DIR becomes a feature set for experiments.finetune. Records that cannot be used are listed with the reason in DIR/quarantine.jsonl.
+error that names it; what decides results and is known only when the scripts run is asked for: --set NNODES=2.
+FEATURES_DIR has data.jsonl and .pt files (MindSpeed-MM) or record.json and .pkl files (Alpha-VLLM): DIR becomes a feature set for
+experiments.finetune. Records that cannot be used are listed with the reason in DIR/quarantine.jsonl.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lumina_fn.process import entry, flags, startup
-from lumina_fn.process.flags import POSITIONAL
+from lumina_fn.process.flags import POSITIONAL, REPEATED
 from lumina_fn.process.ranges import MAX_TARGET, Range
 
 
@@ -31,6 +32,11 @@ class Settings:
         "for features: the target_size in pixels that they were extracted with; 0: not known",
         Range(0, MAX_TARGET),
     ] = 0
+    set: Annotated[
+        tuple[str, ...],
+        "for a guide: NAME=VALUE, a variable of its scripts, or the number of an argument, that is known only when they run; may be given several times",
+        REPEATED,
+    ] = ()
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 

@@ -44,6 +44,10 @@ class Settings:
         int,
         "pixels, a multiple of 32: pictures are cropped to an area of about size x size, near their own aspect ratio",
     ] = 768
+    long: Annotated[
+        Literal["cut", "error"],
+        "a size whose pictures have more tokens than the model takes: an error, or made as it is; finetune --long then cuts or skips them",
+    ] = "error"
     image_root: ImageRoots = ()
     file_key: FileKey = None
     prompt_key: PromptKey = None
@@ -89,4 +93,5 @@ def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> Non
 
 
 if __name__ == "__main__":
+    startup.let_idle_threads_sleep()
     start.run(main)

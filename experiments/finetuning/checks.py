@@ -3,9 +3,11 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
-from experiments.finetuning import feature_folders
+from experiments.finetuning import feature_folders, long_items
+from experiments.finetuning.long_items import Fitted
 from experiments.launching.distributed import World
 from lumina_fn import data, prompt
 from lumina_fn.config import ModelConfig
@@ -62,8 +64,8 @@ def shares(run: Any, world: World, device: torch.device, micro_batch: int) -> No
         world.say(f"note: --batch {run.batch} leaves {world.size - run.batch} of {world.size} processes without work")
 
 
-def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> int:
-    """The number of tokens of the longest item. Raises InputError for features of another model, or too few for a step."""
+def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> Fitted:
+    """The items to train on. Raises InputError for features of another model, or too few for a step."""
     for features in mixture.sets:
         _of_model(run, features, cfg)
         if n := features.unchecked():
@@ -71,8 +73,12 @@ def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> int:
                 f"note: {n} shards of {features.folder} have no checksum (an earlier version wrote them): damage is not noticed; "
                 "the same experiments.pretokenize command adds them"
             )
-        if mixture.weights and not len(features):
-            raise InputError(f"{features.folder} is empty: nothing to take its share from; leave it out")
+    fitted = long_items.fitted(run, world, mixture, cfg)
+    mixture = fitted.mixture
+    for features, count in zip(mixture.sets, mixture.sizes, strict=True):
+        if mixture.weights and not count:
+            what = "has no item that fits the model" if len(features) else "is empty"
+            raise InputError(f"{features.folder} {what}: nothing to take its share from; leave it out")
     if mixture.steps_per_epoch(run.batch, run.last) == 0:
         names = ", ".join(str(features.folder) for features in mixture.sets)
         what = "is empty" if not len(mixture) else f"has {len(mixture)} items, fewer than --batch {run.batch}"
@@ -81,19 +87,26 @@ def features(run: Any, world: World, mixture: Mixture, cfg: ModelConfig) -> int:
         world.say(
             f"note: {run.model} has no tokenizer, nor will the tuned model: to sample, put its original's tokenizer files into it"
         )
-    longest, features, i = max(
-        ((int(n.max()), features, int(n.argmax())) for n, features in zip(mixture.lengths, mixture.sets, strict=True) if len(n)),
-        key=lambda found: found[0],
-    )  # fmt: skip
-    if longest > cfg.max_positions:
-        world.say(f"note: items of up to {longest} tokens are cut to the model's {cfg.max_positions}")
-    least = min(longest, cfg.max_positions)
-    if run.pack is not None and not least <= run.pack <= cfg.max_positions:
-        raise InputError(
-            f"--pack {run.pack}: the longest item, row {features.feature(i).row} of {features.folder}, has {longest} tokens, "
-            f"and {run.model} takes {cfg.max_positions}: give --pack {least} to {cfg.max_positions}"
-        )
-    return longest
+    _row_length(run, mixture, cfg)
+    return fitted
+
+
+def _row_length(run: Any, mixture: Mixture, cfg: ModelConfig) -> None:
+    """Raises InputError for a --pack that no row of the model has, or that an item is longer than, unless that item is cut anyway."""
+    if run.pack is None:
+        return
+    fit = [np.where(n <= cfg.max_positions, n, 0) for n in mixture.lengths]
+    s = max(range(len(fit)), key=lambda s: fit[s].max(initial=0))
+    longest = int(fit[s].max(initial=0))
+    if longest <= run.pack <= cfg.max_positions:
+        return
+    accepted = f"{run.model} takes {cfg.max_positions}: give --pack {max(1, longest)} to {cfg.max_positions}"
+    if run.pack > cfg.max_positions:
+        raise InputError(f"--pack {run.pack}: {accepted}")
+    row = mixture.sets[s].row(int(fit[s].argmax()))
+    raise InputError(
+        f"--pack {run.pack}: the longest item, row {row} of {mixture.sets[s].folder}, has {longest} tokens, and {accepted}"
+    )
 
 
 def _of_model(run: Any, features: data.FeatureSet, cfg: ModelConfig) -> None:

@@ -65,10 +65,10 @@ def main(run: Settings, argv: Sequence[str], world: World) -> int:
     # Fine-tuning predicts pictures, so it does not mask their logits. A model without a tokenizer has no ids: the features' are used.
     cfg = checkpoint.read_config(run.model)
     cfg = replace(cfg, masked_ids=(), ids=cfg.ids or features.sets[0].origin.ids)
-    longest = checks.features(run, world, features, cfg)
+    features, longest, long = checks.features(run, world, features, cfg)
     job = Job(run, world, mesh, cfg, device, compute)
     stored = checkpoint.stored_dtype(run.model)
-    about = resuming.identity(run, cfg, stored, compute, *_exchanged(run, compute))
+    about = resuming.identity(run, cfg, long, stored, compute, _exchanged(run, compute))
     with run_folder.held(out, resume, overwrite) if world.rank == 0 else nullcontext(False) as afresh:
         if afresh:
             world.remember(f"made {out}")

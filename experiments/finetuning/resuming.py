@@ -32,7 +32,11 @@ MATHEMATICS = (
     "batch", "lr", "warmup", "schedule", "weight_decay", "clip", "z_weight", "caption_drop", "seed", "last", "dtype",
     "param_dtype", "reduce_dtype",
 )  # fmt: skip
-LATER = {"order": "shuffled", "pack": None}  # further such flags, with the value that runs had before the flag existed
+LATER = {
+    "order": "shuffled",
+    "pack": None,
+    "long": "cut",
+}  # further such flags, with the value that runs had before the flag existed
 FIRST = 3  # a run also saves after this many steps, so that a failing disk is found before hours are lost
 
 
@@ -120,17 +124,22 @@ def starting_step(checkpoints: Path, resume: str) -> int:
 def identity(
     settings: Any,
     cfg: ModelConfig,
+    long: str,
     stored: torch.dtype,
     compute: torch.dtype,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
+    exchanged: tuple[torch.dtype, torch.dtype],
 ) -> dict[str, Any]:
-    """The settings that must stay the same when a run continues, and a record of how it was made, as values of JSON."""
+    """The settings that must stay the same when a run continues, and a record of how it was made, as values of JSON.
+
+    long        what is done with items longer than the context, `long_items.Fitted.choice`
+    exchanged   dtypes in which parameters are gathered and gradients are summed
+    """
+    param_dtype, reduce_dtype = exchanged
     chosen = {name: getattr(settings, name) for name in MATHEMATICS}
     chosen |= {"dtype": str(compute), "param_dtype": str(param_dtype), "reduce_dtype": str(reduce_dtype)}
     if settings.schedule == "cosine":
         chosen["steps"] = settings.steps  # the learning rate ends at 0 there
-    chosen |= {name: getattr(settings, name) for name in LATER}
+    chosen |= {name: getattr(settings, name) for name in LATER} | {"long": long}
     sets = [
         (
             hashlib.sha256(reading.contents(folder / shards.INDEX, reading.MAX_JSON, shards.EXPECTED)).hexdigest(),

@@ -35,6 +35,10 @@ class Settings:
         "tokens of a row that holds several samples; the loss is the same (default: one sample per row)",
         Range(1, 1 << 20),
     ] = None
+    long: Annotated[
+        Literal["cut", "skip", "error"],
+        "items with more tokens than the model takes: cut to them, as in the reference, left out, or an error that names them",
+    ] = "cut"
     seed: Annotated[int, "random seed of the order and of the caption drop", SEED] = 0
     # optimization
     steps: Annotated[

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.migration import field_rules
+from experiments.migration.expansion import Open
 from experiments.migration.field_rules import DTYPES, Line, refuse, same
 from lumina_fn.features import foreign
 from lumina_fn.formats import mindspeed
 
 PROMPT = "a lighthouse at dusk"
+TOOLS = "mindspeed_mm/tools/tools.json"
+_NUMBER = re.compile("[0-9]+")
 _ADDRESS = re.compile("[A-Za-z0-9][A-Za-z0-9.:_-]*")
+
+
+class Variable(str):
+    """A word of a shell that takes a variable's value when commands.sh runs. Its text is made here, of names alone."""
+
+    __slots__ = ()
 
 
 class Command(NamedTuple):
@@ -25,13 +34,14 @@ class Command(NamedTuple):
 
 
 def make(
-    root: Path, found: dict[str, dict[str, Any]], environments: list[dict[str, str]], lines: list[Line]
+    folders: tuple[Path, Path], found: dict[str, dict[str, Any]], environments: list[dict[str, str]], lines: list[Line]
 ) -> list[Command]:
-    """The equivalent commands, in their order; appends notes and refusals to `lines`.
+    """The equivalent commands, in their order; appends notes and refusals to `lines`. `folders` are those that the extraction and the
+    training work in.
 
     Raises KeyError for a missing field that is required, ValueError or TypeError for a value that cannot be used.
     """
-    at = lambda value: os.path.normpath(root / value)
+    at, at_training = (lambda value, folder=folder: os.path.normpath(folder / value) for folder in folders)
     basic, mapped = "dataset_param.basic_parameters.data_config.path", found["pretrain.sh flags"]
     data, vq = (
         at(found["feature_extract/data.json"][basic]),
@@ -39,9 +49,13 @@ def make(
     )
     model = at(found["feature_extract/data.json"]["dataset_param.tokenizer_config.from_pretrained"])
     size = _whole(found["feature_extract/data.json"]["dataset_param.preprocess_parameters.target_size"])
-    extracted = at(found["mindspeed_mm/tools/tools.json"]["sorafeature.save_path"])
-    theirs = Path(at(found["feature_data.json"][basic])).parent
-    load, out = at(mapped["--load"]), _fresh(at(mapped["--save"]))
+    theirs = Path(at_training(found["feature_data.json"][basic])).parent
+    if found[TOOLS]:
+        extracted = at(found[TOOLS]["sorafeature.save_path"])
+    else:
+        extracted = str(theirs)
+        lines.append(Line(TOOLS, "sorafeature.save_path", "", "note", f"no such file: features go to where feature_data.json reads them, {extracted}"))  # fmt: skip
+    load, out = at_training(mapped["--load"]), _fresh(at_training(mapped["--save"]))
     for what, path in (
         ("DATA.json", data),
         ("the MoVQGAN", vq),
@@ -59,7 +73,7 @@ def make(
         refuse(lines, "feature_data.json", basic, theirs, f"tools.json has features written to {extracted}, and there are none here: name one folder in both")  # fmt: skip
     features = _fresh(str(theirs))
     devices = [_devices(found[f"{name} launch"]) for name in ("feature_extraction.sh", "pretrain.sh")]
-    pretokenize = ["-m", "experiments.pretokenize", data, features, "--model", model, "--vq", vq, "--size", str(size), "--image-root", str(root)]  # fmt: skip
+    pretokenize = ["-m", "experiments.pretokenize", data, features, "--model", model, "--vq", vq, "--size", str(size), "--image-root", str(folders[0])]  # fmt: skip
     run = ["--model", load, "--features", features, "--out", out, *_training(found, devices[1], lines)]
     migrate = ["python", "-m", "experiments.migrate", str(theirs), "--out", features, "--model", model, "--size", str(size)]  # fmt: skip
     commands = [Command("the features that were extracted already", {}, migrate)] if have else []
@@ -84,10 +98,29 @@ def _whole(value: Any) -> int:
 
 
 def _devices(launch: dict[str, Any]) -> dict[str, str]:
-    """torchrun's flags for machines and devices: an address, and whole numbers. Raises ValueError for other values."""
-    if not _ADDRESS.fullmatch(str(launch["--master-addr"])):
+    """torchrun's flags for machines and devices: an address, and whole numbers, or variables for those that are open. Raises
+    ValueError for other values."""
+    if not isinstance(launch["--master-addr"], Variable) and not _ADDRESS.fullmatch(str(launch["--master-addr"])):
         raise ValueError(f"--master-addr {launch['--master-addr']!r}")
-    return {flag: str(value if flag == "--master-addr" else _whole(value)) for flag, value in launch.items()}
+    return {
+        flag: value if isinstance(value, Variable) else str(value if flag == "--master-addr" else _whole(value))
+        for flag, value in launch.items()
+    }
+
+
+def carried(flag: str, value: Open | None) -> Variable:
+    """The variable that this flag of torchrun's becomes where its value is open. `value` is that value, if it is no more than one."""
+    name = field_rules.LAUNCH[flag].flag
+    source, default = (value.source, value.default) if value else (None, None)
+    if default is not None and (_ADDRESS if flag == "--master-addr" else _NUMBER).fullmatch(default):
+        return Variable(f"${{{name}:-{default}}}")
+    needed = f"{source or name}:?known only when the scripts of the guide run: give it, as in {source or name}=... bash commands.sh"
+    return Variable(f"${{{needed}}}" if source in (None, name) else f"${{{name}:-${{{needed}}}}}")
+
+
+def _alone(devices: dict[str, str]) -> bool:
+    """Whether there is one process; not where that is open."""
+    return devices["--nproc-per-node"] == devices["--nnodes"] == "1"
 
 
 def _fresh(place: str) -> str:
@@ -100,33 +133,49 @@ def _fresh(place: str) -> str:
 
 
 def _launched(words: list[str], devices: dict[str, str]) -> list[str]:
-    count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
-    if count * nodes == 1:
+    if _alone(devices):
         return ["python", *words]
-    if nodes == 1:  # at any free port, and without a look-up of the machine's name, which a container may not have
-        return ["torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count), *words]
+    if (
+        devices["--nnodes"] == "1"
+    ):  # at any free port, and without a look-up of the machine's name, which a container may not have
+        return [
+            "torchrun",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            devices["--nproc-per-node"],
+            *words,
+        ]
     where = [word for flag, value in devices.items() for word in (flag, value)]
     return ["torchrun", *where, *words]
 
 
 def _finetune(run: list[str], devices: dict[str, str], environment: dict[str, str]) -> Command:
-    count, nodes = _whole(devices["--nproc-per-node"]), _whole(devices["--nnodes"])
-    if count * nodes == 1:
+    if _alone(devices):
         return Command("training", environment, ["python", "-m", "experiments.finetune", *run])
-    what = (
-        "training"
-        if nodes == 1
-        else f"training, on each of {nodes} machines: with NODE_RANK=1 and so on for the others"
-    )
-    names = {field_rules.LAUNCH[flag].flag: value for flag, value in devices.items()}
-    script = "experiments/launch/ascend_1x8.sh" if nodes == 1 else "experiments/launch/ascend_2x8.sh"
+    nodes = devices["--nnodes"]
+    what, script = "training", "experiments/launch/ascend_1x8.sh"
+    if nodes != "1":
+        count = "as many" if isinstance(nodes, Variable) else nodes
+        what = f"training, on each of {count} machines: with NODE_RANK=1 and so on for the others"
+        script = "experiments/launch/ascend_2x8.sh"
+    names = {
+        field_rules.LAUNCH[flag].flag: value
+        for flag, value in devices.items()
+        # On one machine its number and address decide nothing: where they are open they are left to the script.
+        if nodes != "1" or flag in ("--nproc-per-node", "--nnodes") or not isinstance(value, Variable)
+    }
     return Command(what, environment | names, ["bash", script, *run])
 
 
 def _training(found: dict[str, dict[str, Any]], devices: dict[str, str], lines: list[Line]) -> list[str]:
     """The flags of finetune, except paths."""
     flags, fields = found["pretrain.sh flags"], found["model.json"]
-    processes = _whole(devices["--nproc-per-node"]) * _whole(devices["--nnodes"])
+    known = [
+        1 if isinstance(devices[flag], Variable) else _whole(devices[flag]) for flag in ("--nproc-per-node", "--nnodes")
+    ]
+    processes = math.prod(known)  # where it is open: of what is known
     micro = _whole(flags["--micro-batch-size"])
     batch = _whole(flags.get("--global-batch-size", micro * processes))
     if micro < 1 or processes < 1 or batch < 1 or batch % (micro * processes):
@@ -143,7 +192,7 @@ def _training(found: dict[str, dict[str, Any]], devices: dict[str, str], lines: 
     if words["--warmup"]:
         lines.append(Line("pretrain.sh", "--lr-warmup-iters", str(words["--warmup"]), "note", "step k of W, from 0, has the rate lr (k + 1) / W"))  # fmt: skip
     out = [word for flag, value in words.items() for word in (flag, str(value))]
-    return out + (_sharding(fields, lines) if processes > 1 else [])
+    return out if _alone(devices) else out + _sharding(fields, lines)
 
 
 def _schedule(flags: dict[str, Any], lines: list[Line]) -> str:

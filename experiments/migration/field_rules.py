@@ -3,9 +3,11 @@
 A field that is in no table is refused: it could change results.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from experiments.migration.expansion import opened, readable
 from lumina_fn.config import LUMINA_7B
 from lumina_fn.errors import InputError
 
@@ -20,7 +22,7 @@ class Line(NamedTuple):
     file: str
     field: str
     value: str
-    kind: Literal["mapped", "not needed", "note", "yourself", "refused"]
+    kind: Literal["mapped", "not needed", "note", "yourself", "carried", "asked", "refused"]
     here: str
 
 
@@ -29,6 +31,13 @@ class To(NamedTuple):
 
     flag: str
     absent: object = ABSENT  # MindSpeed-MM's value if the field is not given
+
+
+class Carried(NamedTuple):
+    """The field becomes this variable of the launch scripts; where it is known only when a script runs, commands.sh takes it then."""
+
+    flag: str
+    absent: object = ABSENT
 
 
 class Only(NamedTuple):
@@ -54,7 +63,7 @@ class Size(NamedTuple):
     absent: object = ABSENT
 
 
-Rule = To | Only | Free | Size
+Rule = To | Carried | Only | Free | Size
 _OFF, _ONE = (False,), (1,)
 _LOADER = "there is one kind of dataset, read in the process itself"
 _TENSORS = "read off the checkpoint's tensors"
@@ -192,12 +201,14 @@ TRAIN_FLAGS: dict[str, Rule] = {
     **{flag: Free("what is logged beside metrics.jsonl") for flag in ("--tensorboard-dir", "--log-throughput", "--timing-log-level")},
 }  # fmt: skip
 LAUNCH: dict[str, Rule] = {
-    "--nproc-per-node": To("NPUS_PER_NODE", "1"),
-    "--nnodes": To("NNODES", "1"),
-    "--node-rank": To("NODE_RANK", "0"),
-    "--master-addr": To("MASTER_ADDR", "127.0.0.1"),
-    "--master-port": To("MASTER_PORT", "29500"),
+    "--nproc-per-node": Carried("NPUS_PER_NODE", "1"),
+    "--nnodes": Carried("NNODES", "1"),
+    "--node-rank": Carried("NODE_RANK", "0"),
+    "--master-addr": Carried("MASTER_ADDR", "127.0.0.1"),
+    "--master-port": Carried("MASTER_PORT", "29500"),
 }
+# Flags without a value: a word after one of them belongs to no flag.
+SWITCHES = re.compile("--(bf16|finetune|no-.*|use-.*|overlap-.*|accumulate-.*|manual-gc|log-throughput)")
 
 
 def refuse(lines: list[Line], file: str, field: str, value: Any, why: str) -> None:
@@ -217,20 +228,34 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def judge(
-    file: str, rules: Mapping[str, Rule], values: Mapping[str, Any], sizes: Mapping[str, Any]
+    file: str, rules: Mapping[str, Rule], values: Mapping[str, Any], sizes: Mapping[str, Any], *, script: bool = False
 ) -> tuple[list[Line], dict[str, Any]]:
-    """A line for every field, and the values of those that become flags; `sizes` is the content of the model's config.json."""
+    """A line for every field, and the values of those that become flags; `sizes` is the content of the model's config.json.
+
+    The flags of a `script` may have values that are open.
+    """
     lines, mapped = [], {}
     absent = {field: rule.absent for field, rule in rules.items() if rule.absent is not ABSENT and field not in values}
     for field, value in [*values.items(), *absent.items()]:
+        text = readable(value if isinstance(value, str) else repr(value))
         rule = rules.get(field) or rules.get(field.split(".")[0] + ".*")
-        shown = f"{value if isinstance(value, str) else repr(value)}{' (their default)' if field in absent else ''}"
+        shown = f"{text}{' (their default)' if field in absent else ''}"
         line = lambda kind, here, field=field, shown=shown: lines.append(Line(file, field, shown, kind, here))
+        if script and rule is not None and opened(value):
+            match rule:
+                case Carried(variable):
+                    mapped[field] = value
+                    line("mapped", f"{variable}, which commands.sh takes from its environment where it needs it")
+                case Free(why):
+                    line("not needed", why)
+                case _:
+                    line("asked", "known only when the script runs, and decides results")
+            continue
         if isinstance(value, str) and not value.isprintable():  # it would become lines of commands.sh
             line("refused", "has control characters")
             continue
         match rule:
-            case To(flag):
+            case To(flag) | Carried(flag):
                 mapped[field] = value
                 line("mapped", flag)
             case Only(accepted, why):

@@ -1,7 +1,8 @@
 """The run of `experiments.migrate`, once its settings are known: a guide becomes commands, extracted features become a feature set."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from experiments.migration import guide as migration_guide
-from experiments.migration.command_lines import Command
+from experiments.migration.command_lines import Command, Variable
+from experiments.migration.expansion import NAME
+from experiments.migration.field_rules import Line
 from experiments.migration.guide import Guide
 from experiments.migration.shell import quoted
 from lumina_fn import prompt
@@ -22,8 +25,13 @@ if TYPE_CHECKING:
     from experiments.migrate import Settings
 
 PROJECT = Path(__file__).parents[2]
+_NAMES = re.compile(rf"{NAME}|[1-9][0-9]?")  # of variables and of a script's arguments
 REFUSED = 20  # fields that are named in an error
-SAID = {"note": "note", "yourself": "look at this yourself"}  # kinds of lines that are also printed, and their words
+SAID = {
+    "note": "note",
+    "yourself": "look at this yourself",
+    "carried": "known when it runs",
+}  # kinds of lines that are also printed, and their words
 
 
 def main(run: "Settings") -> None:
@@ -31,6 +39,8 @@ def main(run: "Settings") -> None:
     if not run.source.is_dir():
         raise InputError(f"{run.source}: no such folder; expected a MindSpeed-MM checkout or extracted features")
     if foreign.indexes(run.source):
+        if run.set:
+            raise InputError(f"--set {run.set[0]}: {run.source} holds extracted features, and no scripts")
         _features(run)
     elif run.model is not None or run.size:
         raise InputError(f"{run.source} holds no extracted features, which --model and --size are for")
@@ -88,22 +98,65 @@ def _write_manifest(folder: Path, left: list[foreign.Left], file_of: dict[int, s
 
 
 def _guide(run: "Settings") -> None:
-    guide = migration_guide.read(run.source)
-    if refused := [f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in guide.lines if line.kind == "refused"]:  # fmt: skip
-        more = f"; and {len(refused) - REFUSED} more" * (len(refused) > REFUSED)
-        raise InputError(printable(f"{len(refused)} of its fields would change results: {'; '.join(refused[:REFUSED])}{more}"))  # fmt: skip
+    guide = migration_guide.read(run.source, given(run.set))
+    of = lambda kind: [line for line in guide.lines if line.kind == kind]
+    if problems := _asked(of("asked"), of("carried")) + _refused(of("refused")):
+        ends = [f"note: {line.file}: {line.field}: {line.value:.200}: {line.here}" for line in of("note") if line.field.startswith("line ")]  # fmt: skip
+        raise InputError(printable("; ".join([*problems, *ends])))
     script = commands(guide)
     places.place(run.out, [run.source])
     with files.new_folder(run.out, "migration", run.overwrite) as folder:
         (folder / "commands.sh").write_text(script)
         (folder / "report.md").write_text(report(guide))
-        record = {"working_directory": str(guide.root), "fields": [line._asdict() for line in guide.lines], "commands": [c._asdict() for c in guide.commands]}  # fmt: skip
+        record = {"working_directory": guide.root, "fields": [line._asdict() for line in guide.lines], "commands": [c._asdict() for c in guide.commands]}  # fmt: skip
         (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(printable(line) for line in script.splitlines()))
     for line in guide.lines:
         if line.kind in SAID:
             print(printable(f"{SAID[line.kind]}: {line.file}: {line.field} {line.value:.200}: {line.here}"))
     print(printable(f"{len(guide.lines)} fields, each in {run.out / 'report.md'}; the commands above are in {run.out / 'commands.sh'}"))  # fmt: skip
+
+
+def given(flags: Sequence[str]) -> dict[str, str]:
+    """The values of `NAME=VALUE`. Raises InputError for other texts, and for a name that is given twice."""
+    found: dict[str, str] = {}
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        if not equals or not _NAMES.fullmatch(name) or not value.isprintable():
+            raise InputError(
+                f"--set {flag}: expected a variable or the number of an argument with its value, as in --set NNODES=2"
+            )
+        if name in found:
+            raise InputError(f"--set {name} is given twice: {found[name]} and {value}")
+        found[name] = value
+    return found
+
+
+def _asked(lines: list[Line], carried: list[Line]) -> list[str]:
+    """What is asked for, each value once; with it what is also open, and needs no answer."""
+    if not lines:
+        return []
+    values = "; ".join(f"{line.file}: {line.field} ({line.value:.200}) decides {line.here}" for line in lines)
+    own = {line.value for line in lines}
+    others = "".join(
+        f"; {line.file}: {line.field} ({line.value:.200}) becomes {line.here}"
+        for line in carried
+        if line.value not in own
+    )
+    names = " ".join(dict.fromkeys(f"--set {line.field}=..." for line in lines))
+    many = "1 value is" if len(lines) == 1 else f"{len(lines)} values are"
+    return [
+        f"{many} known only when the scripts run, and would change results: {values}{others}; look at this yourself and write what it "
+        f"comes to, or give it: {names}"
+    ]
+
+
+def _refused(lines: list[Line]) -> list[str]:
+    if not lines:
+        return []
+    named = "; ".join(f"{line.file}: {line.field} {line.value:.200}: {line.here}" for line in lines[:REFUSED])
+    more = f"; and {len(lines) - REFUSED} more" * (len(lines) > REFUSED)
+    return [f"{len(lines)} of its fields would change results: {named}{more}"]
 
 
 def commands(guide: Guide) -> str:
@@ -116,6 +169,12 @@ def commands(guide: Guide) -> str:
     ]
     for word in guide.set_env:
         lines.append(f"if [ -f {word} ]; then set +u; . {word}; set -u; fi")
+    words = [
+        word for command in guide.commands if command.active for word in (*command.environment.values(), *command.words)
+    ]
+    lines += [
+        f': "{word}"' for word in dict.fromkeys(word for word in words if isinstance(word, Variable))
+    ]  # before hours of work
     for command in guide.commands:
         mark = "" if command.active else "# "
         note = "" if command.active else " (or, instead of the above)"
@@ -125,10 +184,15 @@ def commands(guide: Guide) -> str:
 
 def shown(command: Command) -> str:
     """A command as one line of a shell."""
-    environment = {name: quoted([value]) for name, value in command.environment.items()}
-    if environment.get("NNODES", "1") != "1":  # the other machines run the same script
+    environment = {name: _word(value) for name, value in command.environment.items()}
+    if environment.get("NNODES", "1") != "1" and not isinstance(command.environment["NODE_RANK"], Variable):
+        # The other machines run the same script.
         environment["NODE_RANK"] = f'"${{NODE_RANK:-{environment["NODE_RANK"]}}}"'
-    return " ".join([*(f"{name}={value}" for name, value in environment.items()), quoted(command.words)])
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), *map(_word, command.words)])
+
+
+def _word(word: str) -> str:
+    return f'"{word}"' if isinstance(word, Variable) else quoted([word])
 
 
 def report(guide: Guide) -> str:

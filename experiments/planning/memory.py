@@ -120,7 +120,7 @@ def room(
     from experiments.planning import plan
     from lumina_fn.features import batches
 
-    tokens = min(run.pack or batches.bucket(longest), cfg.max_positions)
+    tokens = min(max(run.pack, longest) if run.pack else batches.bucket(longest), cfg.max_positions)
     share = -(-run.batch // world.size)
     micro = min(run.micro_batch, share)
     setup = replace(

@@ -19,7 +19,7 @@ from experiments import devices
 from experiments.finetuning import run_folder
 from experiments.launching.distributed import World
 from experiments.planning import memory
-from experiments.pretokenizing import folder, shard_claims
+from experiments.pretokenizing import context, folder, shard_claims
 from experiments.pretokenizing import rows as rows_of
 from experiments.pretokenizing.encoding import Encode, Tally, Work, encode_shards
 from experiments.pretokenizing.folder import Outcome
@@ -161,4 +161,6 @@ def _encode(run: "Settings", world: World, out: Path, planned: list[Shard], work
 def _check(run: "Settings", tokenizer: Tokenizer) -> None:
     images.crop_sizes(run.size)
     prompt.check_size(tokenizer, run.size, run.size)
+    if run.long == "error":
+        context.check(run.model, tokenizer, run.size)
     lookup.check_roots(run.image_root)

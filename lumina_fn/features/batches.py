@@ -89,8 +89,9 @@ class Batching(NamedTuple):
 def training_batches(mixture: Mixture, steps: range, how: Batching, *, rank: int = 0, size: int = 1) -> Iterator[Share]:
     """A rank's shares of these steps' batches, which are the same on any number of ranks, as is A, the number of micro batches.
 
-    pack    length in tokens of rows that several items share; micro batches consist of such rows. At least the longest item, at
-            most max_positions. Items are assigned to rows by their lengths with captions, which are known without reading them.
+    pack    length in tokens of rows that several items share, at most max_positions; micro batches consist of such rows. A step with
+            a longer item has rows as long as that item, cut to max_positions: the loss stays that of one item a row. Items are
+            assigned to rows by their lengths with captions, which are known without reading them.
     """
     ids, items_of = (
         mixture.sets[0].origin.ids,
@@ -111,6 +112,8 @@ def training_batches(mixture: Mixture, steps: range, how: Batching, *, rank: int
             own = read(visits.at(slice(rank, None, size)))
             yield micro_batches(own, how.micro_batch, how.max_positions, ids, count(len(visits.indices)))
         else:
-            together = first_fit_decreasing(np.minimum(mixture.lengths_of(visits), how.max_positions), how.pack)
+            lengths = np.minimum(mixture.lengths_of(visits), how.max_positions)
+            room = max(how.pack, int(lengths.max(initial=0)))
+            together = first_fit_decreasing(lengths, room)
             own = [read(visits.at(np.array(row))) for row in together[rank::size]]
-            yield Share(*packed(own, how.micro_batch, how.pack, ids, count(len(together))))
+            yield Share(*packed(own, how.micro_batch, room, ids, count(len(together))))

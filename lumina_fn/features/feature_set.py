@@ -116,6 +116,14 @@ class FeatureSet(Sequence[Item]):
             self._open[s] = shard
         return self._open[s]
 
+    def row(self, i: int) -> int:
+        """The row of the dataset that item i was made of."""
+        return int(self._rows[i])
+
+    def text_lengths(self) -> Int[np.ndarray, " n"]:
+        """Tokens before the picture of every item."""
+        return self._lengths[:, 0].astype(np.int64)
+
     def lengths(self) -> Int[np.ndarray, " n"]:
         """Tokens of every item."""
         text, h, w = self._lengths.astype(np.int64).T

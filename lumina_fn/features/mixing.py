@@ -36,9 +36,15 @@ class Mixture:
 
     sets: tuple[FeatureSet, ...]
     weights: tuple[Fraction, ...] | None = None
+    kept: tuple[Int[np.ndarray, " _"], ...] | None = None  # of each set the items that are visited; None: all
 
     def __len__(self) -> int:
-        return sum(map(len, self.sets))
+        return sum(self.sizes)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of items of each set that are visited."""
+        return [len(items) for items in (self.sets if self.kept is None else self.kept)]
 
     @cached_property
     def lengths(self) -> tuple[Int[np.ndarray, " _"], ...]:
@@ -56,16 +62,23 @@ class Mixture:
 
     def visits(self, epoch: int, places: range, seed: int) -> Visits:
         """The visits at these positions of an epoch; with weights, of the whole stream, which is epoch 0."""
-        sizes = [len(features) for features in self.sets]
+        sizes = self.sizes
         if self.weights:
             shares = [share(p, self.weights) for p in places]
             turns = [(s, *divmod(own, sizes[s])) for s, own in shares]
             found = [(s, e, self._order(sizes[s], _seed(seed, s), e)[own]) for s, e, own in turns]
-            return Visits(*np.array(found, np.int64).reshape(-1, 3).T)
+            return self._as_stored(Visits(*np.array(found, np.int64).reshape(-1, 3).T))
         indices = self._order(len(self), seed, epoch)[places.start : places.stop]
         starts = np.array([0, *accumulate(sizes)])
         sets = np.searchsorted(starts, indices, side="right") - 1
-        return Visits(sets, np.full(len(indices), epoch), indices - starts[sets])
+        return self._as_stored(Visits(sets, np.full(len(indices), epoch), indices - starts[sets]))
+
+    def _as_stored(self, visits: Visits) -> Visits:
+        """Visits to places among the kept items as visits to items of the sets."""
+        if self.kept is None:
+            return visits
+        found = [self.kept[s][i] for s, i in zip(visits.sets, visits.indices, strict=True)]
+        return visits._replace(indices=np.array(found, np.int64))
 
     def lengths_of(self, visits: Visits) -> Int[np.ndarray, " S"]:
         """The number of tokens of each item, before caption drop."""

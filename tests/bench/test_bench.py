@@ -1,12 +1,13 @@
 """What bench's rows are made of. The comparisons themselves need the peers, and are run by `make bench`."""
 
 import json
+import os
 import time
 
 import pytest
 import torch
 
-from bench import ceilings, harness, language, table
+from bench import ceilings, harness, language, table, waiting
 from bench.harness import Bench, Runs, Sample
 from lumina_fn.config import ModelConfig
 from lumina_fn.errors import InputError
@@ -113,3 +114,24 @@ def test_an_unknown_part_is_refused():
     assert parse(Settings, None, []).quick is False
     with pytest.raises(InputError, match="--only speed: expected some of language, decoding"):
         main(["--only", "speed"])
+
+
+def policy() -> Bench:
+    told = lambda: [float(os.environ.get(waiting.POLICY) == "passive")]
+    return Bench(told, lambda: time.sleep(0.01 + told()[0] / 10))
+
+
+@pytest.mark.slow
+def test_one_side_waits_and_the_other_spins(monkeypatch):
+    monkeypatch.setenv(waiting.POLICY, "active")  # of whoever runs the bench: for neither side
+    found = waiting.in_turn((policy,), 2, 1)
+    assert found["spinning"].wall < 0.1 < found["passive"].wall
+    assert os.environ[waiting.POLICY] == "active"
+
+
+def test_the_gain_of_waiting_is_the_time_without_it():
+    runs = lambda *seconds: Runs([Sample(s, s) for s in seconds], 0, 0)
+    row = waiting._row("finetune", 2, {"spinning": runs(3, 4, 8), "passive": runs(2, 2, 2)})
+    assert (row.name, row.wall_ratio, row.met) == ("waiting_finetune_busy", 2.0, True)
+    assert row.measured["wall_spread"] == [1.5, 4.0]
+    assert not waiting._row("finetune", 2, {"spinning": runs(1), "passive": runs(1)}).met

@@ -25,10 +25,10 @@ from tests.support.mindspeed_guide import BASE, TRAIN, write_guide
         ("source ./other.sh", "other.sh"),
         ("ARGS=(--lr 1)", "array"),
         ("MBS=`nproc`; export HCCL_EXEC_TIMEOUT=$MBS", "nproc"),
-        ("N=$1", r"\$1"),
-        ("N=$(nvidia-smi | wc -l)", "nvidia-smi"),
-        ("N=$UNSET", "UNSET"),
-        ("N=~/n", "home"),
+        ("MBS=$1", r"\$1"),
+        ("MBS=$(nvidia-smi | wc -l)", "nvidia-smi"),
+        ("MBS=$UNSET", "UNSET"),
+        ("MBS=~/n", "home"),
         ("export HCCL_CONNECT_TIMEOUT=9", "120 to 7200"),
         ("export SOMETHING=1", "SOMETHING"),
         ("python other.py", "not torchrun"),
@@ -124,10 +124,10 @@ def test_a_spoilt_script_is_read_or_refused(tmp_path_factory, marks):
 )
 def test_a_long_script_takes_no_longer_than_its_length(tmp_path, text):
     (tmp_path / "a.sh").write_text(f"A={'x' * 60_000}\ntorchrun {text}\n")
-    started = time.monotonic()
+    started = time.process_time()  # the machine may be busy
     with suppress(InputError):
         shell.read(tmp_path / "a.sh")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_values_do_not_grow_without_end(tmp_path):

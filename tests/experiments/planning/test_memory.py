@@ -268,6 +268,7 @@ def test_room_is_what_the_plan_says(features, tmp_path, monkeypatch):
     assert found.setup == expected
     assert found.free == 2 * 10**9
     assert room(features, tmp_path, "--pack", 1000).setup.tokens == 1000
+    assert room(features, tmp_path, "--pack", 8).setup.tokens == data.FeatureSet(features).lengths().max()  # rows grow
     cfg = checkpoint.read_config(LM)
     compiled = replace(expected, devices=1, compiled=True)
     exact, eager = (footprint.peak(cfg, replace(compiled, compiled=c)) for c in (True, False))

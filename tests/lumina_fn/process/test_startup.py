@@ -87,3 +87,39 @@ def test_the_console_script_ends_at_once_from_its_first_import_on(word, ends):
     code = f"import signal, sys; sys.argv = [{word!r}]; from lumina_fn.process import startup; print(signal.getsignal(2) is startup.end_at_once)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said == f"{ends}\n"
+
+
+CHOSEN = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+
+
+@pytest.mark.parametrize(
+    ("module", "chosen", "policy"),
+    [
+        ("experiments.finetune", {}, "passive"),
+        ("experiments.pretokenize", {}, "passive"),
+        ("experiments.sample", {}, None),  # its calls are short: waking threads for each costs a quarter of the time
+        *(
+            ("experiments.finetune", {name: value}, {"OMP_WAIT_POLICY": value}.get(name))
+            for name, value in CHOSEN.items()
+        ),
+    ],
+)
+def test_idle_threads_sleep_in_commands_that_gain_by_it_unless_the_user_has_chosen(module, chosen, policy):
+    """It is set before PyTorch is loaded, which reads it once."""
+    code = f"""
+import os, runpy, sys
+sys.argv = ["x", "--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__")
+except SystemExit:
+    print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN} | chosen
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert said.splitlines()[-1] == f"{policy} False"
+
+
+def test_importing_a_command_sets_nothing():
+    code = "import os, experiments.finetune, experiments.pretokenize; assert 'OMP_WAIT_POLICY' not in os.environ"
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
