@@ -43,7 +43,7 @@ def add_rms_norm_bwd(dtotal: Tensor, dy: Tensor, total: Tensor, gain: Tensor, rs
 def qk_norm_rotary_fwd(
     x: Tensor, gain: Tensor, bias: Tensor, angles: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of x [B T H K] over each head's K, times gain [1 K] plus bias, rotated by npu_rotary_mul; its mean and 1 / deviation [B T H 1]."""
+    """Layer norm of x [B T H K] over each head's K, times gain [1 K] or [H K] plus bias, rotated by npu_rotary_mul; its mean and 1 / deviation [B T H 1]."""
     normed, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
     cos, sin = _both_halves(angles, x.dtype)
     return npu.npu_rotary_mul(normed.to(x.dtype) * gain + bias, cos, sin), mean, rstd
@@ -59,7 +59,8 @@ def qk_norm_rotary_bwd(
         d * wide(gain), wide(x), x.shape[-1:], mean, rstd, None, None, [True, False, False]
     )[0]
     normed = wide(((wide(x) - mean) * rstd).to(x.dtype))
-    of_gain = lambda g: g.sum([0, 1, 2])[None].to(gain.dtype)
+    shared = [2] if gain.shape[0] == 1 else []
+    of_gain = lambda g: g.sum([0, 1, *shared]).view(gain.shape).to(gain.dtype)
     return dx.to(x.dtype), of_gain(d * normed), of_gain(d)
 
 

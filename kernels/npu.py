@@ -38,8 +38,9 @@ def _ours(name: str, fits: bool) -> ModuleType:
     return _kernels(name, fits and triton_ascend())
 
 
-def _qk_norm_rotary(x: Tensor) -> ModuleType:
-    return _ours("kernels.triton_qk_norm_rotary", x.dtype in DTYPES and _tile(x) <= TILE)
+def _qk_norm_rotary(x: Tensor, gain: Tensor) -> ModuleType:
+    """Our kernel holds one gain: a second tile of them would not fit beside the others."""
+    return _ours("kernels.triton_qk_norm_rotary", x.dtype in DTYPES and _tile(x) <= TILE and gain.shape[0] == 1)
 
 
 def _tile(x: Tensor) -> int:
@@ -47,14 +48,14 @@ def _tile(x: Tensor) -> int:
     return math.prod(1 << (n - 1).bit_length() for n in x.shape[2:])
 
 
-def qk_norm_rotary_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels.reference.qk_norm_rotary_fwd, by our Triton kernel where it takes x, else by kernels.ascend."""
-    return _qk_norm_rotary(x).qk_norm_rotary_fwd(x, *rest)
+def qk_norm_rotary_fwd(x: Tensor, gain: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels.reference.qk_norm_rotary_fwd, by our Triton kernel where it takes x and gain, else by kernels.ascend."""
+    return _qk_norm_rotary(x, gain).qk_norm_rotary_fwd(x, gain, *rest)
 
 
-def qk_norm_rotary_bwd(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels.reference.qk_norm_rotary_bwd, by our Triton kernel where it takes x, else by kernels.ascend."""
-    return _qk_norm_rotary(x).qk_norm_rotary_bwd(dy, x, *rest)
+def qk_norm_rotary_bwd(dy: Tensor, x: Tensor, gain: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels.reference.qk_norm_rotary_bwd, by our Triton kernel where it takes x and gain, else by kernels.ascend."""
+    return _qk_norm_rotary(x, gain).qk_norm_rotary_bwd(dy, x, gain, *rest)
 
 
 def linear_cross_entropy_pass(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

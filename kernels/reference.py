@@ -59,7 +59,7 @@ def rotate(x: Tensor, angles: Tensor, sign: int = 1) -> Tensor:
 def qk_norm_rotary_fwd(
     x: Tensor, gain: Tensor, bias: Tensor, angles: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of x [B T H K] over each head's K, times gain [1 K] plus bias, rotated; its mean and 1 / deviation [B T H 1]."""
+    """Layer norm of x [B T H K] over each head's K, times gain [1 K] or [H K] plus bias, rotated; its mean and 1 / deviation [B T H 1]."""
     normed, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], None, None, eps)
     return rotate(normed.to(x.dtype) * gain + bias, angles), mean, rstd
 

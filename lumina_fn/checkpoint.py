@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lumina_fn import model, sharding, sources, vq
-from lumina_fn.config import ModelConfig, VQConfig
+from lumina_fn.config import LATER, ModelConfig, VQConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
 from lumina_fn.formats import names, tensor_files
@@ -225,6 +225,8 @@ def write_native(
     head = {"format": sources.FORMAT, "kind": "movqgan", "model": sizes}
     if isinstance(cfg, ModelConfig):
         head |= {"kind": "lumina", "ids": sizes.pop("ids"), "source_config": config}
+        for name in [name for name, value in LATER.items() if sizes[name] == value]:
+            del sizes[name]  # so that earlier versions read the folder
     write_json(folder / "config.json", head)
 
 

@@ -21,6 +21,7 @@ class ModelConfig:
     swin_norm: bool = False  # x + norm(f(x)) instead of x + f(norm(x))
     masked_ids: tuple[int, ...] = ()  # ids whose logits are set to the least float32 (`mask_image_logits`)
     ids: Ids | None = None  # read from the model's folder; a model without them runs but cannot be sampled
+    head_norms: bool = False  # each head has gains of its own in q_norm and k_norm, as in transformers' Chameleon
 
     @property
     def head_width(self) -> int:
@@ -47,6 +48,7 @@ class VQConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
+LATER = {"head_norms": False}  # fields of ModelConfig that files of earlier versions lack, and what those models had
 LUMINA_7B = ModelConfig()
 MOVQGAN_67M = VQConfig(channels=128)
 MOVQGAN_102M = VQConfig(channels=128, res_blocks=4)

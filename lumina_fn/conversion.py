@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lumina_fn import checkpoint, sources
+from lumina_fn import checkpoint, model, sources
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, places
 from lumina_fn.errors import InputError
@@ -23,13 +25,23 @@ def write_native(folder: Path, source: sources.Source, report: Report) -> None:
 
 
 def write_hf(folder: Path, source: sources.Source, report: Report) -> None:
-    """Write a folder that transformers loads; config.json comes last, so that an unfinished folder never loads."""
+    """Write a Hugging Face folder as the reference's; config.json comes last, so that an unfinished folder never loads."""
+    source = _with_shared_norms(source)
     tensor_files.write_shards(folder, _renamed(source), report)
     _write_config(folder, source)
 
 
+def write_transformers(folder: Path, source: sources.Source, report: Report) -> None:
+    """Write a folder that transformers' own Chameleon loads, whose heads have norms of their own; config.json comes last."""
+    cfg = replace(_transformer(source), head_norms=True)
+    tensor_files.write_shards(folder, _renamed(_with_norms(source, cfg, _repeated)), report)
+    checkpoint.copy_companions(folder, source.companions)
+    checkpoint.write_json(folder / "config.json", hf_config.write_chameleon(cfg, source.config))
+
+
 def write_mindspeed(folder: Path, source: sources.Source, report: Report) -> None:
     """Write a folder that MindSpeed-MM loads, with the Hugging Face config and the tokenizer; the iteration file comes last."""
+    source = _with_shared_norms(source)
     file = folder / mindspeed.RELEASE
     file.parent.mkdir(parents=True)
     torch_zip.write(file, "model", _renamed(source), report)
@@ -48,12 +60,50 @@ def _renamed(source: sources.Source) -> dict[str, tensor_files.Source]:
     return {names.key_of(path, names.TRANSFORMER): tensor for path, tensor in source.tensors.items()}
 
 
+Shaped = Callable[
+    [str, torch.Tensor, int], torch.Tensor
+]  # of a norm's path, its values and the number of heads to have
+
+
+def _with_norms(source: sources.Source, cfg: ModelConfig, shaped: Shaped) -> sources.Source:
+    """The source with the per-head norms that cfg asks for; they are read at once, the other tensors when they are written."""
+    if cfg == source.cfg:
+        return source
+    heads = names.flatten(model.init(cfg, device="meta"))
+    norms = {
+        path: shaped(path, tensor_files.read(tensor, "cpu", tensor.dtype), heads[path].shape[0])
+        for path, tensor in source.tensors.items()
+        if "q_norm." in path or "k_norm." in path
+    }
+    return source._replace(cfg=cfg, tensors={**source.tensors, **norms})
+
+
+def _repeated(path: str, norm: torch.Tensor, heads: int) -> torch.Tensor:
+    return norm.expand(heads, -1)
+
+
+def _shared(path: str, norm: torch.Tensor, heads: int) -> torch.Tensor:
+    if not torch.equal(norm, norm[:1].expand_as(norm)):
+        raise InputError(
+            f"{path}: each head has values of its own, and this kind of folder has one for all heads: give --to hf --layout transformers, or --to native"
+        )
+    return norm[:1]
+
+
+def _with_shared_norms(source: sources.Source) -> sources.Source:
+    """The source with one norm for all heads, as the reference has it. Raises InputError if the heads' norms differ."""
+    return _with_norms(source, replace(_transformer(source), head_norms=False), _shared)
+
+
 def _write_config(folder: Path, source: sources.Source) -> None:
     checkpoint.copy_companions(folder, source.companions)
     checkpoint.write_json(folder / "config.json", hf_config.write(_transformer(source), source.config))
 
 
-WRITERS: dict[str, Write] = {"native": write_native, "hf": write_hf, "mindspeed": write_mindspeed}
+# By what DST becomes, and by the layout of a Hugging Face folder.
+WRITERS: dict[str, Write] = {
+    "native": write_native, "hf": write_hf, "mindspeed": write_mindspeed, "transformers": write_transformers,
+}  # fmt: skip
 
 
 def convert(

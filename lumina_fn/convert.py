@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lumina_fn.errors import printable
+from lumina_fn.errors import InputError, printable
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL
 
@@ -29,6 +29,10 @@ class Settings:
     ]
     dst: Annotated[Path, "the new folder", POSITIONAL]
     to: Annotated[Literal["native", "hf", "mindspeed"], "what DST becomes"]
+    layout: Annotated[
+        Literal["lumina", "transformers"],
+        "for --to hf: as the reference's classes read it, or as transformers' own Chameleon does, with q_norm and k_norm for each head",
+    ] = "lumina"
     overwrite: Annotated[bool, "replace an existing DST"] = False
     norm_from: Annotated[
         Path | None,
@@ -42,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with startup.importing():
         from lumina_fn import conversion
 
-    write = conversion.WRITERS[run.to]
+    if run.layout == "transformers" and run.to != "hf":
+        raise InputError(f"--layout transformers: not of use with --to {run.to}; leave it out, or give --to hf")
+    write = conversion.WRITERS[run.layout if run.layout == "transformers" else run.to]
     source = conversion.convert(run.src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from)
     for line in (*source.remarks, printable(conversion.summary(source, run.dst, run.to))):
         print(line)

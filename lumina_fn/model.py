@@ -31,10 +31,10 @@ HEAD_NORM_EPS = 1e-5  # fixed in the reference, independent of rms_norm_eps
 
 
 class Norm(NamedTuple):
-    """Gain and bias of a layer norm over the channels of a head."""
+    """Gain and bias of a layer norm over the channels of a head: one for all heads, or one for each (n is 1, H or G)."""
 
-    gain: Float[Tensor, "1 K"]
-    bias: Float[Tensor, "1 K"]
+    gain: Float[Tensor, "n K"]
+    bias: Float[Tensor, "n K"]
 
 
 class Block(NamedTuple):
@@ -44,7 +44,7 @@ class Block(NamedTuple):
     q: Float[Tensor, "H*K D"]
     k: Float[Tensor, "G*K D"]
     v: Float[Tensor, "G*K D"]
-    q_norm: Norm  # over each head's K, shared by the heads
+    q_norm: Norm  # over each head's K
     k_norm: Norm
     out: Float[Tensor, "D H*K"]
     mlp_norm: Float[Tensor, " D"]
@@ -203,10 +203,12 @@ def init(
     D, F_, K, V = cfg.width, cfg.hidden, cfg.head_width, cfg.vocab
     HK, GK = cfg.heads * K, cfg.kv_heads * K
 
+    H, G = (cfg.heads, cfg.kv_heads) if cfg.head_norms else (1, 1)
+
     def layer() -> Block:
         return Block(
             attn_norm=ones(D), q=normal(HK, D), k=normal(GK, D), v=normal(GK, D),
-            q_norm=Norm(ones(1, K), zeros(1, K)), k_norm=Norm(ones(1, K), zeros(1, K)), out=normal(D, HK),
+            q_norm=Norm(ones(H, K), zeros(H, K)), k_norm=Norm(ones(G, K), zeros(G, K)), out=normal(D, HK),
             mlp_norm=ones(D), gate=normal(F_, D), up=normal(F_, D), down=normal(D, F_),
         )  # fmt: skip
 

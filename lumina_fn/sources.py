@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lumina_fn import model, prompt, vq
-from lumina_fn.config import LUMINA_7B, ModelConfig, VQConfig
+from lumina_fn.config import LATER, LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.disk import untrusted_folder
 from lumina_fn.disk.untrusted_folder import read_json
 from lumina_fn.errors import InputError, listed, printable
@@ -132,6 +132,7 @@ def _open_native(path: Path, config: dict) -> Source:
             f"{where} has format {form!r:.200} and kind {kind!r:.200}; this version reads {FORMAT!r}, lumina or movqgan"
         )
     expected = {f.name for f in fields(kinds[kind])} - {"ids"}
+    given = LATER | given if kind == "lumina" and isinstance(given, dict) else given
     if not isinstance(given, dict) or given.keys() != expected:
         raise InputError(f"{where}: `model` must hold exactly {', '.join(sorted(expected))}")
     sizes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

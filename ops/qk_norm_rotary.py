@@ -69,12 +69,12 @@ class _QKNormRotary(torch.autograd.Function):
 
 def qk_norm_rotary(
     x: Float[Tensor, "B T H K"],
-    gain: Float[Tensor, "1 K"],
-    bias: Float[Tensor, "1 K"],
+    gain: Float[Tensor, "#H K"],
+    bias: Float[Tensor, "#H K"],
     angles: Float[Tensor, "*rows T 2 half"],
     eps: float,
 ) -> Float[Tensor, "B T H K"]:
-    """Layer norm over each head's K, times gain plus bias, then channels j and j + K/2 rotated as a pair.
+    """Layer norm over each head's K, times gain plus bias (one for all heads, or one for each), then channels j and j + K/2 rotated as a pair.
 
     angles holds cosines and sines, one set for all rows or one per row; they get no gradient.
     """

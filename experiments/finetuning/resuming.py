@@ -16,7 +16,7 @@ import torch
 from experiments.finetuning import feature_folders
 from experiments.finetuning.run_folder import METRICS
 from experiments.launching.distributed import World
-from lumina_fn import train
+from lumina_fn import config, train
 from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, reading
 from lumina_fn.errors import InputError
@@ -165,7 +165,7 @@ def check(meta: Mapping[str, Any], now: Mapping[str, Any], out: Path, features: 
         of_run = reading.checked(OfRun, meta, out, "checkpoints of finetune's")
     except InputError as error:
         raise InputError(f"{out} holds checkpoints that are not finetune's ({error}): give another --out") from error
-    then = {"settings": LATER | of_run.settings, "model": of_run.model, "features": meta["features"]}
+    then = {"settings": LATER | of_run.settings, "model": config.LATER | of_run.model, "features": meta["features"]}
     wrong = [
         f"--{name.replace('_', '-')} was {then['settings'].get(name)}, is {now['settings'].get(name)}"
         for name in sorted(then["settings"].keys() | now["settings"].keys())

@@ -12,7 +12,7 @@ from experiments.planning import devices, report, roofline
 from experiments.planning.devices import CPU, DEVICES, Device
 from experiments.planning.report import MOST, USABLE, Plan
 from lumina_fn import sources
-from lumina_fn.config import LUMINA_7B, ModelConfig
+from lumina_fn.config import LATER, LUMINA_7B, ModelConfig
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import REMAT_FROM, Setup
 from lumina_fn.errors import InputError
@@ -147,6 +147,7 @@ def read_config(folder: Path) -> ModelConfig:
         return hf_config.parse(config, {}, where)[0]
     sizes = config.get("model")
     names = {field.name for field in fields(ModelConfig)} - {"ids"}
+    sizes = LATER | sizes if isinstance(sizes, dict) else sizes
     if (
         (config["format"], config.get("kind")) != (sources.FORMAT, "lumina")
         or not isinstance(sizes, dict)

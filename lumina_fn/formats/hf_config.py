@@ -11,6 +11,9 @@ from lumina_fn.vocab import LUMINA_CODE0, LUMINA_CODES, LUMINA_END, LUMINA_NEWLI
 
 LARGEST = 1 << 24  # limit of any size; a product of two is far from overflow
 IMAGE_TOKEN = "IMGIMG"  # prefix of the names of image ids in `vocabulary_map`
+CHAMELEON = "chameleon"  # model_type by which transformers' AutoConfig knows this kind of model; the reference derives its own from it
+_REFERENCE, _TRANSFORMERS = "ChameleonXLLMXForConditionalGeneration", "ChameleonForConditionalGeneration"
+_PLACEHOLDER = "<image>"  # a name that transformers looks up in `vocabulary_map`: where a prompt's picture goes
 
 # Our name -> theirs and a default. A missing field has Hugging Face's default (Chameleon's), or is inferred from the tensors (None).
 _SIZES = {
@@ -36,6 +39,26 @@ _ONLY = {  # options that the released model does not use: any other value is an
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "quantization_config": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "attention_chunk_size": None,
+}
+_ROPE = {
+    "rope_type": "default",
+    "type": "default",
+    "partial_rotary_factor": 1.0,
+}  # of transformers 5's rope_parameters, beside rope_theta
+_LAYER = "full_attention"  # the only kind of layer, where layer_types lists them
+# What is written where a config is not copied: the options that every version knows.
+_WRITTEN = {
+    "attention_bias",
+    "mlp_bias",
+    "model_parallel_size",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "rope_scaling",
+    "hidden_act",
 }
 _DROPOUT = ("dropout", "attention_dropout", "hidden_dropout", "resid_dropout", "embd_dropout")
 # Fields that are read elsewhere, or do not affect the computation: names, storage, token ids, generation defaults, the unused VQ of Chameleon.
@@ -68,6 +91,8 @@ def of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     for name, key in (("heads", "q"), ("kv_heads", "k")):
         if key in layer and head:
             sizes[name] = layer[key][0] // head
+    if "q_norm.gain" in layer:
+        sizes["head_norms"] = layer["q_norm.gain"][0] > 1
     if blocks := [int(path.split(".")[1]) for path in shapes if path.startswith("blocks.")]:
         sizes["layers"] = 1 + max(blocks)
     return sizes
@@ -78,22 +103,25 @@ def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[Mod
 
     `sizes` replace sizes that the config omits.
     """
-    unknown = (
-        config.keys() - _NEUTRAL - _ONLY.keys() - {name for name, _ in _SIZES.values()} - set(_DROPOUT) - {"head_dim"}
-    )
+    known = {name for name, _ in _SIZES.values()} | {*_DROPOUT, "head_dim", "rope_parameters", "layer_types"}
+    unknown = config.keys() - _NEUTRAL - _ONLY.keys() - known
     wrong = [f"this model does not have the fields {listed(sorted(unknown))}"] if unknown else []
     wrong += [
         f"{name} is {config[name]!r:.200}, supported is {value!r}"
         for name, value in _ONLY.items()
         if name in config and (config[name] != value or isinstance(config[name], bool) != isinstance(value, bool))
     ]
-    values = {}
+    theta = _rope_theta(config, wrong)
+    values: dict[str, Any] = {"head_norms": bool(sizes.get("head_norms"))}
     for ours, (theirs, default) in _SIZES.items():
-        value = config.get(theirs)
+        value = theta if ours == "rope_theta" else config.get(theirs)
         values[ours] = value if value is not None else default if default is not None else sizes.get(ours)
     wrong += problems(values)
     if not wrong and config.get("head_dim") not in (None, values["width"] // values["heads"]):
         wrong.append(f"head_dim is {config['head_dim']!r:.200}, supported is hidden_size / num_attention_heads")
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != [_LAYER] * (values["layers"] or 0):
+        wrong.append(f"layer_types is {kinds!r:.200}, supported is {_LAYER} for every layer")
     masked = _masked_ids(config, wrong)
     ids = read_ids(config.get("ids"), values["vocab"], wrong)
     if wrong:
@@ -101,6 +129,24 @@ def parse(config: Mapping, sizes: Mapping[str, int], where: object) -> tuple[Mod
     notes = [f"{name} = {config[name]!r:.200} is not applied" for name in _DROPOUT if config.get(name)]
     values |= {"eps": float(values["eps"]), "rope_theta": float(values["rope_theta"])}
     return ModelConfig(**values, masked_ids=masked, ids=ids), notes
+
+
+def _rope_theta(config: Mapping, wrong: list[str]) -> Any:
+    """The base of the rotary angles, which transformers 5 keeps in rope_parameters and 4 beside the sizes; None if it is not said."""
+    theta, given = config.get("rope_theta"), config.get("rope_parameters")
+    if given is None:
+        return theta
+    if not isinstance(given, Mapping):
+        wrong.append(f"rope_parameters is {given!r:.200}, expected an object")
+        return theta
+    for name, value in given.items():
+        if name != "rope_theta" and (name not in _ROPE or value != _ROPE[name]):
+            supported = repr(_ROPE[name]) if name in _ROPE else f"none but rope_theta, {', '.join(_ROPE)}"
+            wrong.append(printable(f"rope_parameters.{name} is {value!r:.200}, supported is {supported}"))
+    inner = given.get("rope_theta")
+    if theta is not None and inner is not None and theta != inner:
+        wrong.append(f"rope_theta is {theta!r:.200}, and {inner!r:.200} in rope_parameters")
+    return inner if theta is None else theta
 
 
 def problems(values: Mapping) -> list[str]:
@@ -173,26 +219,36 @@ def read_ids(own: object, vocab: object, wrong: list[str]) -> Ids | None:
 
 
 def write(cfg: ModelConfig, source: Mapping | None) -> dict:
-    """A config.json for this model: `source` unchanged if it describes the same model, else with the fields that differ replaced."""
-    if source is not None:
-        try:
-            same = replace(parse(source, asdict(cfg), "config.json")[0], ids=None) == replace(cfg, ids=None)
-        except InputError:
-            same = False
-        if same:
-            return dict(source)
-    result: dict[str, Any] = dict(
-        source or {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon_xllmx"}
-    )
-    result |= {theirs: getattr(cfg, ours) for ours, (theirs, _) in _SIZES.items()}
-    result |= {
-        name: value
-        for name, value in _ONLY.items()
-        if name not in ("is_encoder_decoder", "add_cross_attention", "quantization_config")
-    }
-    result["mask_image_logits"] = bool(cfg.masked_ids)
-    if cfg.masked_ids and _masked_ids(result, []) != cfg.masked_ids:
-        result["vocabulary_map"] = {f"{IMAGE_TOKEN}{n:05d}": i for n, i in enumerate(cfg.masked_ids)}
+    """A config.json for this model: `source` if it describes the same model, else with the fields that differ replaced.
+
+    transformers 4 and 5 read it alike: the base of the rotary angles is where 4 looks for it, and 5 does too.
+    """
+    config: dict[str, Any] = {"architectures": [_REFERENCE]} if source is None else dict(source)
+    config.setdefault("model_type", CHAMELEON)
+    try:
+        same = replace(parse(config, asdict(cfg), "config.json")[0], ids=None) == replace(cfg, ids=None)
+    except InputError:
+        same = False
+    if same and source is not None:
+        return config | ({"rope_theta": cfg.rope_theta} if "rope_parameters" in config else {})
+    config |= {theirs: getattr(cfg, ours) for ours, (theirs, _) in _SIZES.items()}
+    config |= {name: value for name, value in _ONLY.items() if name in _WRITTEN}
+    config.pop("layer_types", None)
+    if "rope_parameters" in config:
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    config["mask_image_logits"] = bool(cfg.masked_ids)
+    if cfg.masked_ids and _masked_ids(config, []) != cfg.masked_ids:
+        config["vocabulary_map"] = {f"{IMAGE_TOKEN}{n:05d}": i for n, i in enumerate(cfg.masked_ids)}
     if cfg.ids is not None:
-        result["ids"] = asdict(cfg.ids)
-    return result
+        config["ids"] = asdict(cfg.ids)
+    return config
+
+
+def write_chameleon(cfg: ModelConfig, source: Mapping | None) -> dict:
+    """A config.json by which transformers' own Chameleon computes this model; it masks every id whose name begins with IMAGE_TOKEN."""
+    config = write(cfg, source)
+    named = config.get("vocabulary_map") or {}
+    masked = {i: name for name, i in named.items() if name.startswith(IMAGE_TOKEN)} if cfg.masked_ids else {}
+    others = {name: i for name, i in named.items() if not name.startswith(IMAGE_TOKEN)}
+    names = {name: i for i, name in masked.items()} | {_PLACEHOLDER: 0} | others
+    return config | {"model_type": CHAMELEON, "architectures": [_TRANSFORMERS], "vocabulary_map": names}
