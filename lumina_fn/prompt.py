@@ -14,6 +14,7 @@ from lumina_fn.disk import reading
 from lumina_fn.errors import InputError
 from lumina_fn.process import tokenizer_trial
 from lumina_fn.process.ranges import LONGEST_CAPTION
+from lumina_fn.state import runs
 from lumina_fn.vocab import (
     END_TEXT,
     LUMINA_CODE0,
@@ -88,16 +89,20 @@ def caption_problem(tokenizer: Tokenizer, caption: str, longest: int = LONGEST_C
 
 
 def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder, from tokenizer.json and tokenizer_config.json. tokenizer.json is first loaded in a process of
-    its own (see tokenizer_trial), once for each content, unless the caller has done so (`tried`).
+    """The tokenizer of a model folder, or of the model that a run began with, from tokenizer.json and tokenizer_config.json.
+
+    tokenizer.json is first loaded in a process of its own (see tokenizer_trial), once for each content, unless the caller has done so (`tried`).
 
     Special ids are compared with `ids` in the folder's config.json, or with the released model's fixed ids if there are none
     or if the vocabulary is the released one. Raises InputError for a missing or different special token.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), {}
+    if saved := runs.checkpoint(folder):
+        folder, config = saved.origin, {"ids": saved.meta()["model"].get("ids"), "model": saved.meta()["model"]}
+    elif (folder / "config.json").exists():
+        config = _read_json(folder / "config.json")
     spec = _read_json(folder / "tokenizer.json")
     names = _read_json(folder / "tokenizer_config.json")
-    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     text = json.dumps(spec)
     if not tried:
         with _library(f"{folder / 'tokenizer.json'}: not a tokenizer"):  # half of a surrogate pair, say

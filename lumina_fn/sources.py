@@ -14,7 +14,7 @@ from lumina_fn.disk.untrusted_folder import read_json
 from lumina_fn.errors import InputError, listed, printable
 from lumina_fn.formats import hf_config, mindspeed, names, torch_zip, vq_config
 from lumina_fn.formats.tensor_files import INDEX, Later, Stored, safetensors_header
-from lumina_fn.state import manifest, saved_state
+from lumina_fn.state import runs, saved_state
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
 FORMAT = "lumina_fn/1"
@@ -52,7 +52,8 @@ def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source
 
 def heritage(path: str | Path) -> tuple[dict | None, dict[str, Path]]:
     """What a model trained from this folder's keeps beside its weights: the Hugging Face config (None: none), and the companions' paths."""
-    path = Path(path)
+    saved = runs.checkpoint(Path(path))
+    path = saved.origin if saved else Path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is not None and "format" in config:
         config = config.get("source_config")
@@ -81,8 +82,8 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is not None and "format" in config:
         return _open_native(path, config)
-    if (path / manifest.CHECKPOINTS).is_dir():
-        return _open_run(path)
+    if saved := runs.checkpoint(path):
+        return _open_run(saved)
     weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
         return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
@@ -106,21 +107,17 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
     )
 
 
-def _open_run(path: Path) -> Source:
-    """The newest checkpoint's parameters, in the dtype of the model that the run began with."""
-    folder = path / manifest.CHECKPOINTS
-    if not (steps := manifest.steps(folder)):
-        raise InputError(f"{path} is a run's folder without a checkpoint: there is nothing to read yet")
-    stored = saved_state.Stored(folder, steps[-1])
-    meta = stored.content["meta"]
+def _open_run(saved: runs.Checkpoint) -> Source:
+    """A checkpoint's parameters, in the dtype of the model that the run began with."""
+    meta, stored = saved.meta(), saved_state.Stored(saved.folder, saved.step)
     try:
         sizes, dtype = {**meta["model"]}, getattr(torch, meta["stored_dtype"])
         ids = sizes.pop("ids")
         cfg = ModelConfig(**{**sizes, "masked_ids": tuple(sizes["masked_ids"])}, ids=ids and Ids(**ids))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} holds checkpoints that are not finetune's: {error!r}") from error
-    config, beside = heritage(path / manifest.ORIGIN) if (path / manifest.ORIGIN).is_dir() else (None, {})
-    return Source(f"step {steps[-1]} of a run", cfg, stored.parameters(dtype), unmasked(config, cfg), beside, [])
+        raise InputError(f"{saved.folder} holds checkpoints that are not finetune's: {error!r}") from error
+    config, beside = heritage(saved.origin) if saved.origin.is_dir() else (None, {})
+    return Source(f"step {saved.step} of a run", cfg, stored.parameters(dtype), unmasked(config, cfg), beside, [])
 
 
 def _open_native(path: Path, config: dict) -> Source:

@@ -11,7 +11,7 @@ import torch
 from experiments.planning import devices, report, roofline
 from experiments.planning.devices import CPU, DEVICES, Device
 from experiments.planning.report import MOST, USABLE, Plan
-from lumina_fn import sources
+from lumina_fn import checkpoint, sources
 from lumina_fn.config import LATER, LUMINA_7B, ModelConfig
 from lumina_fn.costs import cost, footprint
 from lumina_fn.costs.cost import REMAT_FROM, Setup
@@ -19,6 +19,7 @@ from lumina_fn.errors import InputError
 from lumina_fn.features import batches
 from lumina_fn.formats import hf_config
 from lumina_fn.formats.hf_config import LARGEST
+from lumina_fn.state import runs
 
 if TYPE_CHECKING:
     from experiments.plan import Settings
@@ -140,7 +141,9 @@ def _config(run: "Settings") -> ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The sizes in a native or Hugging Face folder's config.json. Raises InputError for other folders."""
+    """The sizes in a native or Hugging Face folder's config.json, or of a run's model. Raises InputError for other folders."""
+    if runs.checkpoint(folder):
+        return checkpoint.read_config(folder)
     where = folder / "config.json"
     config = sources.read_json(where)
     if "format" not in config:

@@ -7,6 +7,7 @@ from lumina_fn.disk import untrusted_folder
 from lumina_fn.errors import InputError
 from lumina_fn.images import PATCH
 from lumina_fn.prompt import Tokenizer
+from lumina_fn.state import runs
 from lumina_fn.vocab import PIXELS_PER_CODE, image_length
 
 
@@ -31,6 +32,8 @@ def check(model: Path, tokenizer: Tokenizer, size: int) -> None:
 
 def positions(model: Path) -> int | None:
     """The number of tokens that the model takes, by the config.json of its folder; None if that says nothing."""
+    if saved := runs.checkpoint(model):
+        return saved.meta()["model"].get("max_positions")
     path = model / "config.json"
     if not path.exists():
         return None
