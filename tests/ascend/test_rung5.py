@@ -1,6 +1,7 @@
 """Rung 5: the model on simulated `npu` tensors computes what it computes on the CPU, by the NPU's kernels and its exported programs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ OPT = train.AdamW(1e-3, eps=1e-3, decay=0.1, clip=1.0)
 B, T, SLOTS = 2, 12, 16
 
 
-def params() -> model.Params:
+def params(cfg: ModelConfig = CFG) -> model.Params:
     generator = torch.Generator().manual_seed(0)
     move = lambda x: x + 0.02 * torch.randn(x.shape, generator=generator)
-    return pytree.tree_map(move, model.init(CFG))
+    return pytree.tree_map(move, model.init(cfg))
 
 
 def batch(packed: bool) -> train.Batch | train.Packed:
@@ -67,11 +68,16 @@ def fused(sim: NpuSim) -> dict[str, int]:
     return {name.removeprefix("npu::"): n for name, n in sim.calls.items() if name.startswith("npu::")}
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": True}, {"donate": True}], ids=["plain", "remat", "donated"])
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [({}, {}), ({"remat": True}, {}), ({"donate": True}, {}), ({}, {"head_norms": True})],
+    ids=["plain", "remat", "donated", "gains of heads"],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_a_step_is_the_cpus(packed, options, record_property):
-    step = train.make_train_step(CFG, OPT, **options)
-    state, rows = train.init_state(params(), OPT), batch(packed)
+def test_a_step_is_the_cpus(packed, options, changes, record_property):
+    cfg = replace(CFG, **changes)
+    step = train.make_train_step(cfg, OPT, **options)
+    state, rows = train.init_state(params(cfg), OPT), batch(packed)
     want, expected = step(on("cpu", state), rows)
     (got, metrics), sim = simulated(step, state, rows)
     again = 2 if options.get("remat") else 1

@@ -91,6 +91,12 @@ def test_what_these_do_not_take_is_composed_of_the_vendors(heads, width, dtype, 
     assert npu.qk_norm_rotary_fwd(x, gain, gain, stat(T, 2, width // 2), 1e-5) == "composed"
 
 
+def test_gains_of_heads_are_composed_of_the_vendors_ops(monkeypatch):
+    monkeypatch.setattr(ascend, "qk_norm_rotary_fwd", lambda *args: "composed")
+    gain = meta(H, K)
+    assert npu.qk_norm_rotary_fwd(meta(1, T, H, K), gain, gain, stat(T, 2, K // 2), 1e-5) == "composed"
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

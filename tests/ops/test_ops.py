@@ -105,9 +105,9 @@ def rms_norm(*shape: int) -> Case:
     )
 
 
-def qk_norm_rotary(angles: Tensor) -> Case:
+def qk_norm_rotary(angles: Tensor, gains: int = 1) -> Case:
     fused = lambda x, gain, bias: ops.qk_norm_rotary(x, gain, bias, angles, EPS)
-    args = (QKV[0], randn(1, 8), randn(1, 8, seed=1))
+    args = (QKV[0], randn(gains, 8), randn(gains, 8, seed=1))
     return Case(fused, exact_qk_norm_rotary(angles), plain_qk_norm_rotary(angles), args)
 
 
@@ -136,6 +136,7 @@ CASES = {
     ),
     "qk_norm_rotary": qk_norm_rotary(angles(9).float()),
     "qk_norm_rotary of packed rows": qk_norm_rotary(angles(2, 9).float()),
+    "qk_norm_rotary with gains of heads": qk_norm_rotary(angles(9).float(), gains=4),
     "swiglu": Case(
         ops.swiglu,
         lambda gate, up: gate * torch.sigmoid(gate) * up,
