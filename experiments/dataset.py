@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from experiments.devices import EnvCheck
 from experiments.pretokenizing.row_flags import Captions, Encoding, FileKey, ImageRoots, PromptKey
+from lumina_fn import hub
 from lumina_fn.errors import InputError
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in KINDS:
         raise InputError(f"expected report or verify as the first word, found {name!r}; see {flags.program()} --help")
-    run = flags.parse(KINDS[name], __doc__, words[1:], name)
+    run = hub.here(flags.parse(KINDS[name], __doc__, words[1:], name), "model", "vq")
     with startup.importing():
         from experiments.datasets import report, verify
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from experiments.finetuning.settings import Settings
 from experiments.launching import start
+from lumina_fn import hub
 from lumina_fn.process import flags, startup
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> int:
     """Run a fine-tune; returns the exit code. `world` holds this process's rank if a launcher started it."""
     argv = (sys.argv[1:] if argv is None else argv) or _embedded_default(world)
-    run = flags.parse(Settings, __doc__, argv)
+    run = hub.here(flags.parse(Settings, __doc__, argv), "model")
     with startup.importing():  # importing PyTorch takes seconds; --help and wrong flags do not wait for it
         from experiments.finetuning import loop
         from experiments.launching import distributed

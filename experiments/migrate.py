@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from lumina_fn import hub
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL, REPEATED
 from lumina_fn.process.ranges import MAX_TARGET, Range
@@ -42,7 +43,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write OUT from the guide's folder or from extracted features."""
-    run = flags.parse(Settings, __doc__, argv)
+    run = hub.here(flags.parse(Settings, __doc__, argv), "model")
     with startup.importing():
         from experiments.migration import run as migration
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lumina_fn import vocab
+from lumina_fn import hub, vocab
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import Group
 
@@ -42,6 +42,7 @@ class Settings:
         "a model's folder; only config.json is read (default: Lumina-mGPT 2.0, 7B)",
         Group("model", "--model runs/lm --layers 24"),
     ] = None
+    download: hub.Download = False
     layers: Annotated[int | None, "number of layers, instead of the model's"] = None
     width: Annotated[int | None, "width, instead of the model's"] = None
     heads: Annotated[int | None, "attention heads, instead of the model's"] = None
@@ -80,7 +81,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns the exit code."""
-    run = flags.parse(Settings, __doc__, argv)
+    run = hub.here(flags.parse(Settings, __doc__, argv), "model")
     with startup.importing():
         from experiments.planning import plan
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from experiments.devices import EnvCheck
 from experiments.launching import start
 from experiments.pretokenizing.row_flags import Captions, Encoding, FileKey, ImageRoots, PromptKey
+from lumina_fn import hub
 from lumina_fn.process import flags, startup
 from lumina_fn.process.flags import POSITIONAL, Group
 from lumina_fn.process.ranges import LONGEST_CAPTION, SEED, Range
@@ -40,6 +41,7 @@ class Settings:
         Path, "the model's folder; only its tokenizer is read", Group("data", "--size 768 --image-root /data/pictures")
     ]
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
+    download: hub.Download = False
     size: Annotated[
         int,
         "pixels, a multiple of 32: pictures are cropped to an area of about size x size, near their own aspect ratio",
@@ -84,7 +86,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> None:
     """Write the feature set OUT. `world` holds this process's rank if a launcher started it."""
-    run = flags.parse(Settings, __doc__, sys.argv[1:] if argv is None else argv)
+    run = hub.here(flags.parse(Settings, __doc__, sys.argv[1:] if argv is None else argv), "model", "vq")
     with startup.importing():
         from experiments.launching import distributed
         from experiments.pretokenizing import run as pretokenizing

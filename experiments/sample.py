@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from experiments.devices import EnvCheck
 from experiments.launching import start
+from lumina_fn import hub
 from lumina_fn.process import flags, startup
 from lumina_fn.process.flags import Group
 from lumina_fn.process.ranges import SEED, Range
@@ -28,10 +29,11 @@ class Settings:
 
     model: Annotated[
         Path,
-        "the model: a native, Hugging Face or MindSpeed release folder with its tokenizer",
+        "the model: a native, Hugging Face or MindSpeed release folder with its tokenizer, a run's, or OWNER/NAME of the Hub",
         Group("pictures", "--prompts prompts.txt --n 4 --width 768 --height 768"),
     ]
     vq: Annotated[Path, "MoVQGAN: a native folder or a .ckpt"]
+    download: hub.Download = False
     prompt: Annotated[str | None, "what to draw"] = None
     prompts: Annotated[Path | None, "instead of --prompt: a text file, UTF-8, one prompt per line"] = None
     width: Annotated[int, "pixels, a multiple of 32"] = 768
@@ -81,7 +83,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None, world: "World | None" = None) -> None:
     """Write the pictures of all prompts to OUT. `world` holds this process's rank if a launcher started it."""
-    run = flags.parse(Settings, __doc__, argv)
+    run = hub.here(flags.parse(Settings, __doc__, argv), "model", "vq")
     with startup.importing():
         from experiments.launching import distributed
         from experiments.sampling import run as sampling

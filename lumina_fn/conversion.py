@@ -107,13 +107,20 @@ WRITERS: dict[str, Write] = {
 
 
 def convert(
-    src: str | Path, dst: str | Path, write: Write, *, overwrite: bool = False, norm_from: str | Path | None = None
+    src: str | Path,
+    dst: str | Path,
+    write: Write,
+    *,
+    overwrite: bool = False,
+    norm_from: str | Path | None = None,
+    vocab: sources.Vocab | None = None,
 ) -> sources.Source:
     """Write the model at `src` to the new folder `dst`; the source. Raises InputError, with nothing written, if any part is impossible.
 
-    `norm_from` is the model that training began with, needed for a MindSpeed checkpoint that lacks a part of its last norm.
+    `norm_from` is the model that training began with, needed for a MindSpeed checkpoint that lacks a part of its last norm; `vocab` says
+    what to do with embeddings of more rows than config.json says.
     """
-    source = sources.open_source(src, norm_from)
+    source = sources.open_source(src, norm_from, vocab)
     total = sum(tensor_files.size_of(tensor) for tensor in source.tensors.values())
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

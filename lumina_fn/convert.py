@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lumina_fn import hub
 from lumina_fn.errors import InputError, printable
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL
@@ -33,6 +34,11 @@ class Settings:
         Literal["lumina", "transformers"],
         "for --to hf: as the reference's classes read it, or as transformers' own Chameleon does, with q_norm and k_norm for each head",
     ] = "lumina"
+    vocab: Annotated[
+        Literal["cut", "keep"] | None,
+        "for embeddings with more rows than config.json says (another tool has resized them): cut them to that, or keep all",
+    ] = None
+    download: hub.Download = False
     overwrite: Annotated[bool, "replace an existing DST"] = False
     norm_from: Annotated[
         Path | None,
@@ -49,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.layout == "transformers" and run.to != "hf":
         raise InputError(f"--layout transformers: not of use with --to {run.to}; leave it out, or give --to hf")
     write = conversion.WRITERS[run.layout if run.layout == "transformers" else run.to]
-    source = conversion.convert(run.src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from)
+    src = hub.local(run.src, run.download)
+    source = conversion.convert(src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from, vocab=run.vocab)
     for line in (*source.remarks, printable(conversion.summary(source, run.dst, run.to))):
         print(line)
     return 0

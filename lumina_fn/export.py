@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lumina_fn import hub
 from lumina_fn.errors import InputError
 from lumina_fn.process import entry, flags, startup
 from lumina_fn.process.flags import POSITIONAL, Group
@@ -55,7 +56,7 @@ IGNORED = {"forward": ("tokens", *ONLY_STEP), "decode": ONLY_STEP, "step": ()}  
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of sys.argv); the exit code. Raises InputError."""
-    run = flags.parse(Settings, __doc__, argv)
+    run = hub.here(flags.parse(Settings, __doc__, argv), "model")
     usual = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
     for name in IGNORED[run.what]:
         if getattr(run, name) != usual[name]:

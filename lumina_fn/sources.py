@@ -1,9 +1,9 @@
 """Detect the kind of a model's folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it without reading tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from lumina_fn.config import LATER, LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.disk import untrusted_folder
 from lumina_fn.disk.untrusted_folder import read_json
 from lumina_fn.errors import InputError, listed, printable
-from lumina_fn.formats import hf_config, mindspeed, names, torch_zip, vq_config
+from lumina_fn.formats import hf_config, mindspeed, names, tensor_files, torch_zip, vq_config
 from lumina_fn.formats.tensor_files import INDEX, Later, Stored, safetensors_header
 from lumina_fn.state import runs, saved_state
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
@@ -23,6 +23,10 @@ COMPANIONS = (  # files that travel with a model's weights; no others are copied
     "vocab.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE",
 )  # fmt: skip
+
+
+Vocab = Literal["cut", "keep"]
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # how transformers saved models before safetensors
 
 
 class Source(NamedTuple):
@@ -36,16 +40,18 @@ class Source(NamedTuple):
     remarks: list[str]  # for the user: entries that were ignored
 
 
-def open_source(path: str | Path, norm_from: str | Path | None = None) -> Source:
+def open_source(path: str | Path, norm_from: str | Path | None = None, vocab: Vocab | None = None) -> Source:
     """The model at `path`, fully checked. Raises InputError, which lists every problem.
 
     `norm_from` is the model that training began with, for a MindSpeed checkpoint that lacks a part of its last norm (mindspeed.py).
+    `vocab` says what to do with a Hugging Face folder whose embeddings have more rows than its config.json says: cut them to that, or
+    keep them all; without it such a folder is refused.
     """
     path = Path(path)
     if norm_from is not None and not mindspeed.is_there(path):
         raise InputError(f"{path} is no MindSpeed checkpoint: leave --norm-from out")
     try:
-        return _open(path, None if norm_from is None else open_source(norm_from).tensors.get("head.norm"))
+        return _open(path, None if norm_from is None else open_source(norm_from).tensors.get("head.norm"), vocab)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
@@ -72,7 +78,7 @@ def companions(folder: Path) -> dict[str, Path]:
     return {name: untrusted_folder.file(folder, name) for name in COMPANIONS if (folder / name).exists()}
 
 
-def _open(path: Path, norm: Stored | Later | None) -> Source:
+def _open(path: Path, norm: Stored | Later | None, vocab: Vocab | None) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model folder or a MoVQGAN .ckpt")
     if path.is_file():
@@ -84,9 +90,9 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
         return _open_native(path, config)
     if saved := runs.checkpoint(path):
         return _open_run(saved)
-    weights = any(path.glob("*.safetensors")) or (path / INDEX).exists()
+    weights = any(path.glob("*.safetensors")) or any((path / name).exists() for name in (INDEX, BIN, BIN_INDEX))
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
-        return _open_transformer(path, _safetensors(path), config, "a Hugging Face folder")
+        return _open_transformer(path, _weights(path), config, "a Hugging Face folder", vocab)
     if mindspeed.is_there(path):
         theirs = mindspeed.read(path, norm)
         source = _open_transformer(path, theirs.tensors, config, theirs.what)
@@ -97,12 +103,12 @@ def _open(path: Path, norm: Stored | Later | None) -> Source:
     found = (
         f"{len(checkpoints)} of these"
         if checkpoints
-        else "safetensors without a model's config.json"
+        else "weights without a model's config.json"
         if weights
         else "none"
     )
     raise InputError(
-        f"{path} is no model folder: expected config.json with safetensors (native, Hugging Face), {mindspeed.ITERATION} "
+        f"{path} is no model folder: expected config.json with safetensors or {BIN} (native, Hugging Face), {mindspeed.ITERATION} "
         f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}"
     )
 
@@ -144,21 +150,49 @@ def _open_native(path: Path, config: dict) -> Source:
     if wrong:
         raise InputError(printable(f"{where}: {'; '.join(wrong)}"))
     cfg = _with_ids(ModelConfig(**sizes, ids=ids), path) if kind == "lumina" else VQConfig(**sizes)
-    tensors, _ = _matched(path, _safetensors(path), cfg, None, ())
+    tensors, _ = _matched(path, _weights(path), cfg, None, ())
     source = config.get("source_config") if isinstance(config.get("source_config"), dict) else None
     return Source(f"a native {kind} folder", cfg, tensors, source, companions(path), [])
 
 
-def _open_transformer(path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str) -> Source:
+def _open_transformer(
+    path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str, vocab: Vocab | None = None
+) -> Source:
     paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
     sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
     cfg, remarks = replace(LUMINA_7B, **sizes), []
     if config is not None:
         cfg, remarks = hf_config.parse(config, sizes, path / "config.json")
+        cfg, found = _of_vocabulary(path, cfg, found, vocab)
     elif wrong := hf_config.problems(asdict(cfg)):
         raise InputError(f"{path} is no Lumina-mGPT 2.0 transformer, as its tensors tell: {'; '.join(wrong)}")
     tensors, ignored = _matched(path, found, cfg, names.TRANSFORMER, ("model.vqmodel.",))
     return Source(what, _with_ids(cfg, path), tensors, config, companions(path), remarks + ignored)
+
+
+def _of_vocabulary(
+    path: Path, cfg: ModelConfig, found: Mapping[str, Stored | Later], vocab: Vocab | None
+) -> tuple[ModelConfig, Mapping[str, Stored | Later]]:
+    """The config and the tensors of one vocabulary, where another tool has added rows to the embeddings. Raises InputError."""
+    keys = [names.key_of(ours, names.TRANSFORMER) for ours in ("embed", "head.unembed")]
+    rows = {found[key].shape[0] for key in keys if key in found and len(found[key].shape) == 2}
+    if len(rows) != 1 or (has := rows.pop()) <= cfg.vocab:
+        return cfg, found
+    if vocab == "keep":
+        return replace(cfg, vocab=has), found
+    if vocab is None:
+        raise InputError(
+            f"{path}: the embeddings have {has} rows, and vocab_size in config.json is {cfg.vocab}: another tool has resized them; "
+            f"write a model of one size: lumina convert {path} DST --to native --vocab cut (to {cfg.vocab}) or --vocab keep ({has})"
+        )
+    return cfg, {**found, **{key: _first_rows(found[key], cfg.vocab) for key in keys}}
+
+
+def _first_rows(tensor: Stored | Later, count: int) -> Stored | Later:
+    shape = (count, *tensor.shape[1:])
+    if isinstance(tensor, Stored) and tensor.stride is None:
+        return tensor._replace(shape=shape, nbytes=tensor.nbytes // tensor.shape[0] * count, crc=None)
+    return Later(shape, tensor.dtype, lambda: tensor_files.read(tensor, "cpu", tensor.dtype)[:count])
 
 
 def _open_ckpt(file: Path) -> Source:
@@ -207,21 +241,28 @@ def _matched(
     return {path: found[key] for path, key in keys.items()}, _ignored(ignored)
 
 
-def _safetensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of the shards that the index names or, without an index, of every safetensors file."""
-    if not (folder / INDEX).exists():
-        shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
+def _weights(folder: Path) -> dict[str, Stored]:
+    """The tensors in a folder's safetensors files or, if it has none, in its pytorch_model.bin files, whose pickles are not executed."""
+    if (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
+        return _gathered(folder, INDEX, "*.safetensors", safetensors_header)
+    return _gathered(folder, BIN_INDEX, BIN, lambda path: torch_zip.state_dict(path)[0])
+
+
+def _gathered(folder: Path, index: str, pattern: str, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of the files that an index names or, without one, of every file of this pattern."""
+    if not (folder / index).exists():
+        shards = [path.name for path in sorted(folder.glob(pattern))]
         where = None
     else:
-        where = read_json(untrusted_folder.file(folder, INDEX)).get("weight_map")
+        where = read_json(untrusted_folder.file(folder, index)).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise InputError(f"{folder / INDEX} has no weight_map of tensor and file names")
+            raise InputError(f"{folder / index} has no weight_map of tensor and file names")
         shards = sorted(set(where.values()))
         if absent := [name for name in shards if not (folder / name).exists()]:
             raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them"))
     found: dict[str, Stored] = {}
     for shard in shards:
-        header = safetensors_header(untrusted_folder.file(folder, shard))
+        header = read(untrusted_folder.file(folder, shard))
         if where is not None:
             header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
         if twice := sorted(found.keys() & header.keys()):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experiments.devices import EnvCheck
+from lumina_fn import hub
 from lumina_fn.process.flags import REPEATED, Group
 from lumina_fn.process.ranges import CLIP, SEED, STEPS, WEIGHT_DECAY, Z_WEIGHT, Range
 
@@ -16,7 +17,7 @@ class Settings:
     # data
     model: Annotated[
         Path,
-        "the model: a native or Hugging Face folder",
+        "the model: a native or Hugging Face folder, a run's, or OWNER/NAME of the Hugging Face Hub",
         Group("data", "--features pictures=0.7 --features sketches=0.3 --pack 4096"),
     ]
     features: Annotated[
@@ -40,6 +41,7 @@ class Settings:
         "items with more tokens than the model takes: cut to them, as in the reference, left out, or an error that names them",
     ] = "cut"
     seed: Annotated[int, "random seed of the order and of the caption drop", SEED] = 0
+    download: hub.Download = False
     # optimization
     steps: Annotated[
         int,
