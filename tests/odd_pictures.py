@@ -20,6 +20,7 @@ from lumina_fn.errors import InputError, printable
 LEVELS = 2
 # Files of the suites of Pillow, image-rs and libvips (2026-11) that ImageMagick 6.9.11 reads otherwise, and why ours is believed.
 KNOWN = {
+    "Bretagne2_4": "JPEG 2000 whose picture begins at 150, 300 of its grid: ImageMagick 6 takes that off its size a second time",
     "xmp_tags_orientation": "ImageMagick 6 does not turn a picture by XMP",
     "transparency.avif": "ImageMagick 6 has no alpha of AVIF",
     "avif-orientation-6": "ImageMagick 6 has no profile of AVIF",
