@@ -60,13 +60,15 @@ def main(run: "Settings", world: World) -> None:
         if world.rank == 0:
             _say(run, found, "")
         return
-    rows = opened.opened(run.data, how)
+    console = Console(stderr=True)
+    with console.status("reading the rows") if world.rank == 0 and console.is_terminal else nullcontext():
+        rows = opened.opened(run.data, how)
+        planned = folder.plan(rows, origin, run.shard)
     if world.rank == 0:
         print(errors.printable(rows.said()))
     recipe = Recipe(
         [*rows.roots, *run.image_root], tokenizer, run.size, run.seed, run.longest_caption, run.pictures == "as-seen"
     )
-    planned = folder.plan(rows, origin, run.shard)
     if run.overwrite and out.exists():
         named = (item.row.file for item in rows.items(range(rows.count), False))
         places.place(out, (Path(root, file) for file in named if file and "\0" not in file for root in recipe.roots))
