@@ -3,11 +3,10 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 from lumina_fn.errors import InputError, printable
 
-Settings = TypeVar("Settings")
 Download = Annotated[
     bool,
     "fetch a model named OWNER/NAME or OWNER/NAME@REVISION from the Hugging Face Hub; without it this machine's cache alone is looked at",
@@ -55,7 +54,7 @@ def local(path: Path, download: bool = False) -> Path:
     return there
 
 
-def here(run: Settings, *names: str) -> Settings:
+def here(run: Any, *names: str) -> Any:
     """The settings of a command with these paths as `local` finds them; `run.download` says whether they may be fetched."""
     given = {name: getattr(run, name) for name in names}
     return replace(
