@@ -96,13 +96,14 @@ def load_tokenizer(folder: str | Path, *, tried: bool = False) -> Tokenizer:
     Special ids are compared with `ids` in the folder's config.json, or with the released model's fixed ids if there are none
     or if the vocabulary is the released one. Raises InputError for a missing or different special token.
     """
-    folder, config = Path(folder), {}
-    if saved := runs.checkpoint(folder):
-        folder, config = saved.origin, {"ids": saved.meta()["model"].get("ids"), "model": saved.meta()["model"]}
-    elif (folder / "config.json").exists():
-        config = _read_json(folder / "config.json")
+    folder = Path(folder)
+    saved = runs.checkpoint(folder)
+    folder = saved.origin if saved else folder
     spec = _read_json(folder / "tokenizer.json")
     names = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if saved:
+        config = {"ids": saved.meta()["model"].get("ids"), "model": saved.meta()["model"]}
     text = json.dumps(spec)
     if not tried:
         with _library(f"{folder / 'tokenizer.json'}: not a tokenizer"):  # half of a surrogate pair, say

@@ -160,7 +160,7 @@ def say_nothing(line: str) -> None:
 ASSETS = ROOT / "experiments" / "demo" / "assets"
 COMMANDS = {
     finetune: ["--features", "nowhere"],
-    pretokenize: ["nowhere.json", "--vq", ASSETS / "vq"],
+    pretokenize: ["nowhere.json", "--vq", ASSETS / "vq", "--size", 64],
     sample: ["--vq", ASSETS / "vq", "--prompt", "a red heart"],
 }
 
