@@ -5,6 +5,7 @@ through the launcher's key-value store, or through rank 0's if the launcher has 
 started again, so the keys of each attempt have a prefix of their own.
 """
 
+import hashlib
 import io
 import secrets
 import socket
@@ -175,7 +176,22 @@ def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
         ending(2, errors.printable(error))
     except (RuntimeError, OSError, ValueError) as error:
         ending(1, f"cannot meet the other ranks: {str(error).splitlines()[0]}")
-    return _on_its_host(replace(world, control=control), here), done
+    world = replace(world, control=control)
+    if strangers := _other_commands(world):
+        ending(
+            2, f"rank {strangers[0]} has other arguments than rank 0: expected the same command for every rank of a run"
+        )
+    return _on_its_host(world, here), done
+
+
+def _other_commands(world: World) -> list[int]:
+    """The ranks whose arguments are not rank 0's, which only a launcher that is not torchrun can bring about."""
+    own = torch.frombuffer(
+        bytearray(hashlib.sha256("\0".join(sys.argv[1:]).encode(errors="surrogateescape")).digest()), dtype=torch.uint8
+    )
+    commands = [torch.empty_like(own) for _ in range(world.size)]
+    world.control.allgather([commands], [own]).wait()
+    return [rank for rank, command in enumerate(commands) if not torch.equal(command, commands[0])]
 
 
 def _on_its_host(world: World, here: Place) -> World:

@@ -16,6 +16,7 @@ from lumina_fn.rows.text import CHUNK, Text
 EXPECTED = "a list of file and prompt as JSON or JSONL"
 DEPTH = 100  # nesting of a row's content: far below Python's own recursion limit
 DEEPEST = 10 * DEPTH  # nesting at which a list is refused; a row that is nested less deep is refused alone
+LARGEST_ROW = 1 << 27  # bytes; a longer one is not read
 PEEKED = 100  # rows that are looked at to say which keys are read
 _ROWS = 'expected rows of {"file": ..., "prompt": ...}'
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
@@ -126,7 +127,7 @@ def _elements(whole: Text, at: int) -> array:
             if _first(whole._replace(begin=at + closed.end()))[0]:
                 raise _no_list(whole, at + closed.end(), "extra data")
             return begins
-        if at + len(window) >= whole.end or size > reading.MAX_LINE:
+        if at + len(window) >= whole.end or size > LARGEST_ROW:
             raise _no_list(whole, at + start, _not_json(b"[" + window[start:]) or "the list goes on after its end")
         size = CHUNK if start else 2 * size
         at += start
@@ -171,8 +172,8 @@ def _no_list(whole: Text, at: int, why: str) -> InputError:
 
 
 def _value(whole: Text, begin: int, end: int) -> Any:
-    if end - begin > reading.MAX_LINE:
-        return Unread(f"the row is longer than {reading.MAX_LINE} bytes")
+    if end - begin > LARGEST_ROW:
+        return Unread(f"the row is longer than {LARGEST_ROW} bytes")
     return parsed(text.decoded(whole.read(begin, end)))
 
 

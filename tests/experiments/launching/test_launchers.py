@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -23,6 +24,7 @@ from lumina_fn.errors import InputError
 from tests.experiments.launching import test_launch
 from tests.experiments.launching.test_launch import STANDALONE, TORCHRUN, free_port, needs_root, slow
 from tests.support import small_run
+from tests.support.paths import ROOT
 
 launch, hosts = test_launch.launch, test_launch.hosts  # fixtures
 
@@ -197,6 +199,33 @@ def test_a_port_that_is_taken_is_a_mistake_of_the_user():
         guard = type("Guard", (), {"folder": None})()
         with pytest.raises(InputError, match=r"MASTER_PORT=\d+: rank 0 cannot listen there \(Address already in use\)"):
             distributed._store(here, distributed.Ending("rank 0", 0, guard))
+
+
+OTHERS = """
+from experiments.launching import start
+start.run(lambda argv, world=None: None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("a", "a"), ("a", "b")])
+def test_ranks_with_other_arguments_are_no_run(words):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", OTHERS, word],
+            env=without(os.environ, *launchers.NAMES) | job(rank, 2, port=port),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, word in enumerate(words)
+    ]
+    said = "".join(process.communicate(timeout=60)[0] for process in started)
+    assert [process.returncode for process in started] == ([0, 0] if words[0] == words[1] else [2, 2]), said
+    assert ("rank 1 has other arguments than rank 0" in said) == (words[0] != words[1])
 
 
 THREE = """

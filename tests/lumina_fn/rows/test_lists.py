@@ -278,6 +278,14 @@ def test_a_row_takes_a_few_bytes_of_memory(tmp_path, name):
     assert taken[0] < 100 * n + 6 * text.CHUNK
 
 
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_caption_of_megabytes_is_a_row_with_its_file(tmp_path, name):
+    rows = [ROWS[0], {"file": "long.png", "prompt": "a very long story " * 1_000_000}, ROWS[1]]
+    path = written(tmp_path / name, forms(rows)[name])
+    files = [found.file for found in read(path)]
+    assert files == ["1.png", "long.png", "2.png"]
+
+
 def test_an_item_knows_no_more_than_its_row(tmp_path):
     rows = opened.opened(written(tmp_path / "data.json", json.dumps(ROWS)))
     assert rows.item(1) == Item(SEEN[1], ROWS[1])
