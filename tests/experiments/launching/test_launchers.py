@@ -215,7 +215,7 @@ def test_ranks_with_other_arguments_are_no_run(words):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", OTHERS, word],
-            env=without(os.environ, *launchers.NAMES) | job(rank, 2, port=port),
+            env=without(os.environ, *launchers.NAMES) | job(rank, 2, port=str(port)),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
