@@ -1,5 +1,6 @@
 """Detect the kind of a model's folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it without reading tensors."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ COMPANIONS = (  # files that travel with a model's weights; no others are copied
 
 
 Vocab = Literal["cut", "keep"]
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # how transformers saved models before safetensors
+SAFETENSORS = ("*.safetensors", INDEX)
+BINS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")  # how transformers saved models before
 
 
 class Source(NamedTuple):
@@ -90,12 +92,12 @@ def _open(path: Path, norm: Stored | Later | None, vocab: Vocab | None) -> Sourc
         return _open_native(path, config)
     if saved := runs.checkpoint(path):
         return _open_run(saved)
-    weights = any(path.glob("*.safetensors")) or any((path / name).exists() for name in (INDEX, BIN, BIN_INDEX))
+    weights = any(any(path.glob(pattern)) for pattern in (*SAFETENSORS, *BINS))
     if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
         return _open_transformer(path, _weights(path), config, "a Hugging Face folder", vocab)
     if mindspeed.is_there(path):
         theirs = mindspeed.read(path, norm)
-        source = _open_transformer(path, theirs.tensors, config, theirs.what)
+        source = _open_transformer(path, theirs.tensors, config, theirs.what, vocab)
         return source._replace(remarks=source.remarks + theirs.remarks)
     checkpoints = sorted(path.glob("*.ckpt"))
     if len(checkpoints) == 1:
@@ -108,8 +110,8 @@ def _open(path: Path, norm: Stored | Later | None, vocab: Vocab | None) -> Sourc
         else "none"
     )
     raise InputError(
-        f"{path} is no model folder: expected config.json with safetensors or {BIN} (native, Hugging Face), {mindspeed.ITERATION} "
-        f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}"
+        f"{path} is no model folder: expected config.json with safetensors or {BINS[0]} (native, Hugging Face), {mindspeed.ITERATION} "
+        f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}{untrusted_folder.completed_by(path)}"
     )
 
 
@@ -156,7 +158,7 @@ def _open_native(path: Path, config: dict) -> Source:
 
 
 def _open_transformer(
-    path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str, vocab: Vocab | None = None
+    path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str, vocab: Vocab | None
 ) -> Source:
     paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
     sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
@@ -175,7 +177,7 @@ def _of_vocabulary(
 ) -> tuple[ModelConfig, Mapping[str, Stored | Later]]:
     """The config and the tensors of one vocabulary, where another tool has added rows to the embeddings. Raises InputError."""
     keys = [names.key_of(ours, names.TRANSFORMER) for ours in ("embed", "head.unembed")]
-    rows = {found[key].shape[0] for key in keys if key in found and len(found[key].shape) == 2}
+    rows = {found[key].shape[0] if key in found and len(found[key].shape) == 2 else 0 for key in keys}
     if len(rows) != 1 or (has := rows.pop()) <= cfg.vocab:
         return cfg, found
     if vocab == "keep":
@@ -183,7 +185,7 @@ def _of_vocabulary(
     if vocab is None:
         raise InputError(
             f"{path}: the embeddings have {has} rows, and vocab_size in config.json is {cfg.vocab}: another tool has resized them; "
-            f"write a model of one size: lumina convert {path} DST --to native --vocab cut (to {cfg.vocab}) or --vocab keep ({has})"
+            f"write a model of one size: lumina convert {shlex.quote(str(path))} DST --to native --vocab cut (to {cfg.vocab}) or --vocab keep ({has})"
         )
     return cfg, {**found, **{key: _first_rows(found[key], cfg.vocab) for key in keys}}
 
@@ -243,9 +245,12 @@ def _matched(
 
 def _weights(folder: Path) -> dict[str, Stored]:
     """The tensors in a folder's safetensors files or, if it has none, in its pytorch_model.bin files, whose pickles are not executed."""
-    if (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
+    whole, parts, index = BINS
+    bins = any(any(folder.glob(pattern)) for pattern in BINS)
+    if not bins or (folder / INDEX).exists() or any(folder.glob("model*.safetensors")):  # others lie beside, as an adapter's
         return _gathered(folder, INDEX, "*.safetensors", safetensors_header)
-    return _gathered(folder, BIN_INDEX, BIN, lambda path: torch_zip.state_dict(path)[0])
+    pattern = whole if (folder / whole).exists() else parts
+    return _gathered(folder, index, pattern, lambda path: torch_zip.state_dict(path, "state_dict", "model", "module")[0])
 
 
 def _gathered(folder: Path, index: str, pattern: str, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
@@ -259,7 +264,7 @@ def _gathered(folder: Path, index: str, pattern: str, read: Callable[[Path], dic
             raise InputError(f"{folder / index} has no weight_map of tensor and file names")
         shards = sorted(set(where.values()))
         if absent := [name for name in shards if not (folder / name).exists()]:
-            raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them"))
+            raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them{untrusted_folder.completed_by(folder)}"))
     found: dict[str, Stored] = {}
     for shard in shards:
         header = read(untrusted_folder.file(folder, shard))
