@@ -18,13 +18,17 @@ def completed_by(folder: Path) -> str:
     if snapshot is None:
         return ""
     name = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
-    return printable(f"; the cache has a part of this model, the rest comes by: hf download {name} --revision {snapshot.name}")
+    return printable(
+        f"; the cache has a part of this model, the rest comes by: hf download {name} --revision {snapshot.name}"
+    )
 
 
 def _snapshot(folder: Path) -> Path | None:
     """The snapshot in Hugging Face's cache that the folder is, or lies in; None for any other folder."""
     folder = folder.resolve()
-    inside = (p for p in (folder, *folder.parents) if p.parent.name == "snapshots" and (p.parents[1] / "blobs").is_dir())
+    inside = (
+        p for p in (folder, *folder.parents) if p.parent.name == "snapshots" and (p.parents[1] / "blobs").is_dir()
+    )
     return next(inside, None)
 
 
