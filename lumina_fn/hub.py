@@ -75,8 +75,10 @@ def here(run: Any, *names: str) -> Any:
 
 
 def _is_repository(path: Path) -> bool:
-    """Whether a folder is a repository's in the Hub's cache, whatever its name: one may link to it."""
-    return any((path / name).is_dir() for name in ("snapshots", "blobs")) and not (path / "config.json").exists()
+    """Whether a folder is a repository's in the Hub's cache, or a link to one."""
+    return path.is_dir() and (
+        path.resolve().name.startswith("models--") or all((path / name).is_dir() for name in ("snapshots", "refs"))
+    )
 
 
 def _main(folder: Path) -> Path:
