@@ -103,7 +103,7 @@ def test_the_loop_is_the_step(call, tmp_path, lm, tokens):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--remat"], pytest.param(["--compile", "blocks"], marks=pytest.mark.slow)], ids=str
+    "flags", [[], ["--remat", "all"], pytest.param(["--compile", "blocks"], marks=pytest.mark.slow)], ids=str
 )
 def test_same_seed_same_model(call, tmp_path, flags):
     settings = ["--steps", 3, "--batch", 4, "--lr", 1e-2, "--caption-drop", 0.5]
@@ -157,7 +157,7 @@ def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
 
 @pytest.mark.parametrize(
     ("above", "flags", "expected"),
-    [(0, [], True), (1, [], False), (0, ["--no-remat"], False), (1, ["--remat"], True)],
+    [(0, [], True), (1, [], False), (0, ["--remat", "0"], False), (1, ["--remat", "all"], True)],
     ids=str,
 )
 def test_from_a_size_on_remat_is_the_default(call, monkeypatch, lm, above, flags, expected):

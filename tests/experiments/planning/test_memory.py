@@ -161,9 +161,9 @@ def test_a_device_tells_what_is_free(monkeypatch):
 @pytest.mark.parametrize(
     ("setup", "ways"),
     [
-        (Setup(micro_batch=4), "lower --micro-batch, or give --remat"),
+        (Setup(micro_batch=4), "lower --micro-batch, or give --remat all"),
         (Setup(micro_batch=4, remat=True), "lower --micro-batch"),
-        (Setup(devices=2, strategy="no"), "give --remat, or give --strategy fsdp"),
+        (Setup(devices=2, strategy="no"), "give --remat all, or give --strategy fsdp"),
         (Setup(devices=2, remat=True), memory.SHARED),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_run_that_is_refused_memory_ends_with_a_line_and_goes_on_from_its_chec
     assert line.startswith("error: out of memory in step 2 (")
     assert " MB more were asked for): " in line
     assert f" of --micro-batch {MANY} needs about {takes} (plan), " in line
-    assert line.endswith(" were free: lower --micro-batch, or give --remat")
+    assert line.endswith(" were free: lower --micro-batch, or give --remat all")
     assert manifest.newest_good(out / "checkpoints") == 1
     assert finetune.main(argv(features, out, "--steps", 2, "--micro-batch", 8)) == 0
     assert manifest.newest_good(out / "checkpoints") == 2
@@ -260,7 +260,7 @@ def test_what_is_predicted_is_what_a_run_takes_and_what_is_free_is_below_the_lim
 def test_room_is_what_the_plan_says(features, tmp_path, monkeypatch):
     """Of a rank's share, in rows as long as the longest; compiled blocks are traced where they may not fit."""
     monkeypatch.setattr(memory, "free", lambda device, processes: 4 * 10**9 // processes)
-    flags = ("--micro-batch", 24, "--remat", "--reduce-dtype", "bfloat16", "--no-sync")
+    flags = ("--micro-batch", 24, "--remat", "all", "--reduce-dtype", "bfloat16", "--no-sync")
     found = room(features, tmp_path, *flags, world=World(0, 4, 0, 2))
     expected = Setup(
         4, "fsdp", 2, 320, 6, 1, remat=True, reduce_dtype=torch.bfloat16, sync=False, compiled=False, cpu=True
