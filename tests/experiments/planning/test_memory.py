@@ -20,6 +20,7 @@ from experiments.launching import distributed
 from experiments.launching.distributed import ALONE, World
 from experiments.planning import memory
 from lumina_fn import checkpoint, data, prompt
+from lumina_fn.config import LUMINA_7B
 from lumina_fn.costs import footprint
 from lumina_fn.costs.cost import Setup
 from lumina_fn.disk import reading
@@ -168,7 +169,7 @@ def test_a_device_tells_what_is_free(monkeypatch):
     ],
 )
 def test_ways_are_those_that_are_left_and_lower_the_peak(setup, ways):
-    assert memory.ways(setup) == ways
+    assert memory.ways(LUMINA_7B, setup) == ways
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +232,9 @@ def limited(*words: str, given: str = "") -> subprocess.CompletedProcess:
 def test_a_run_that_is_refused_memory_ends_with_a_line_and_goes_on_from_its_checkpoint(features, tmp_path):
     out = tmp_path / "run"
     assert finetune.main(argv(features, out, "--steps", 1, "--micro-batch", 8)) == 0
-    ended = limited(*argv(features, out, "--steps", 2, "--micro-batch", MANY))
+    ended = limited(*argv(features, out, "--steps", 2, "--micro-batch", MANY, "--remat", 0))
     assert ended.returncode == 1, ended.stderr
-    takes = out_of_memory.size(room(features, out, "--micro-batch", MANY).needed)
+    takes = out_of_memory.size(room(features, out, "--micro-batch", MANY, "--remat", 0).needed)
     note, on, line = ended.stderr.splitlines()
     assert note.startswith(f"note: a step is predicted to need {takes} (plan), ")
     assert " are free: lower --micro-ba" in note
@@ -263,7 +264,7 @@ def test_room_is_what_the_plan_says(features, tmp_path, monkeypatch):
     flags = ("--micro-batch", 24, "--remat", "all", "--reduce-dtype", "bfloat16", "--no-sync")
     found = room(features, tmp_path, *flags, world=World(0, 4, 0, 2))
     expected = Setup(
-        4, "fsdp", 2, 320, 6, 1, remat=True, reduce_dtype=torch.bfloat16, sync=False, compiled=False, cpu=True
+        4, "fsdp", 2, 320, 6, 1, remat=6, reduce_dtype=torch.bfloat16, sync=False, compiled=False, cpu=True
     )
     assert found.setup == expected
     assert found.free == 2 * 10**9
