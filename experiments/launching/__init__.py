@@ -6,6 +6,7 @@ start         runs a command in one process, or on every rank with a guard proce
 guard         the process beside a rank that ends it when another process of the run dies
 rendezvous    a rendezvous backend of torchrun that listens at one address
 addresses     this host's addresses
+neighbours    what ranks tell each other about where they are
 distributed   how ranks connect, and the collectives that they use
 abort         ends a rank at once, together with all others
 stopping      stops a run after a step, the same one on all ranks

@@ -5,7 +5,6 @@ through the launcher's key-value store, or through rank 0's if the launcher has 
 started again, so the keys of each attempt have a prefix of their own.
 """
 
-import hashlib
 import io
 import secrets
 import socket
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from experiments import devices
-from experiments.launching import addresses, guard, start, stopping
+from experiments.launching import addresses, guard, neighbours, start, stopping
 from experiments.launching.abort import ECHO, Ending, watch_launcher, watch_neighbour
 from experiments.launching.place import Place
 from experiments.launching.stopping import Stop
@@ -177,34 +176,13 @@ def _join(here: Place, ending: Ending) -> tuple[World, Callable[[], None]]:
     except (RuntimeError, OSError, ValueError) as error:
         ending(1, f"cannot meet the other ranks: {str(error).splitlines()[0]}")
     world = replace(world, control=control)
-    if strangers := _other_commands(world):
+    if strangers := neighbours.other_commands(world.control, world.size):
         ending(
             2, f"rank {strangers[0]} has other arguments than rank 0: expected the same command for every rank of a run"
         )
-    return _on_its_host(world, here), done
-
-
-def _other_commands(world: World) -> list[int]:
-    """The ranks whose arguments are not rank 0's, which only a launcher that is not torchrun can bring about."""
-    own = torch.frombuffer(
-        bytearray(hashlib.sha256("\0".join(sys.argv[1:]).encode(errors="surrogateescape")).digest()), dtype=torch.uint8
-    )
-    commands = [torch.empty_like(own) for _ in range(world.size)]
-    world.control.allgather([commands], [own]).wait()
-    return [rank for rank, command in enumerate(commands) if not torch.equal(command, commands[0])]
-
-
-def _on_its_host(world: World, here: Place) -> World:
-    """The world with the numbers of this rank's host. Where the launcher does not tell them, ranks on equal hosts are counted."""
-    if None not in (here.local_rank, here.local_size):
-        return world
-    own = torch.frombuffer(bytearray(addresses.this_host()), dtype=torch.uint8)
-    hosts = [torch.empty_like(own) for _ in range(world.size)]
-    world.control.allgather([hosts], [own]).wait()
-    neighbours = [rank for rank, host in enumerate(hosts) if torch.equal(host, own)]
-    local_rank = neighbours.index(world.rank) if here.local_rank is None else here.local_rank
-    world.ending.local_rank = local_rank
-    return replace(world, local_rank=local_rank, local_size=here.local_size or max(len(neighbours), local_rank + 1))
+    local_rank, local_size = neighbours.of_this_rank(world.control, here)
+    ending.local_rank = local_rank
+    return replace(world, local_rank=local_rank, local_size=local_size), done
 
 
 def _store(here: Place, ending: Ending) -> dist.Store:

@@ -15,8 +15,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from experiments.launching import addresses, distributed, launchers, place
-from experiments.launching.distributed import World
+from experiments.launching import addresses, distributed, launchers, neighbours, place
 from experiments.launching.place import Place
 from lumina_fn import checkpoint, vq
 from lumina_fn.config import VQConfig
@@ -163,29 +162,27 @@ def test_ranks_of_one_run_meet_where_others_do_not():
     assert place.find(slurm(3, 4) | MANY | {"SLURM_STEP_NODELIST": "gpu-[003-005]-x,b"}).address == "gpu-003-x"
 
 
-@pytest.mark.parametrize("hosts", ["aabb", "abab", "aaaa", "abcd"])
-def test_ranks_count_who_is_on_their_host(hosts, monkeypatch):
+@pytest.mark.parametrize("names", ["aabb", "abab", "aaaa", "abcd"])
+def test_ranks_count_who_is_on_their_host(names, monkeypatch):
     """Four ranks, to which only their ranks are told, on hosts of these names."""
     here = threading.local()
     monkeypatch.setattr(addresses, "this_host", lambda: hashlib.sha256(here.name.encode()).digest()[:16])
     store, found = dist.HashStore(), {}
 
     def rank(number: int) -> None:
-        here.name = hosts[number]
+        here.name = names[number]
         group = dist.ProcessGroupGloo(dist.PrefixStore("all", store), number, 4, distributed.MEET)
-        ending = distributed.Ending("a rank", 0, None)
-        world = World(number, 4, control=group, ending=ending)
-        place = Place(number, 4, None, None, "127.0.0.1", 1, torchrun=False, stored=False)
-        found[number] = distributed._on_its_host(world, place)
-        assert ending.local_rank == found[number].local_rank
+        found[number] = neighbours.of_this_rank(
+            group, Place(number, 4, None, None, "127.0.0.1", 1, torchrun=False, stored=False)
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    for number, name in enumerate(hosts):
-        assert (found[number].local_rank, found[number].local_size) == (hosts[:number].count(name), hosts.count(name))
+    for number, name in enumerate(names):
+        assert found[number] == (names[:number].count(name), names.count(name))
 
 
 def test_the_host_is_the_same_for_all_its_processes():
