@@ -144,7 +144,7 @@ def test_for_an_npu(folder, tmp_path):
     assert not (tmp_path / "outlacking").exists()
     for out, fused in (
         ("1forward", {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_fusion_attention", "npu_swiglu"}),
-        ("4step", {"npu_rms_norm_backward", "npu_fusion_attention_grad", "npu_swiglu_backward", "npu_rotary_mul"}),
+        ("5step", {"npu_rms_norm_backward", "npu_fusion_attention_grad", "npu_swiglu_backward", "npu_rotary_mul"}),
         ("6step", {"npu_fusion_attention", "npu_fusion_attention_grad"}),
         ("3decode", {"npu_fused_infer_attention_score", "npu_scatter_nd_update"}),
     ):
