@@ -16,7 +16,7 @@ FileKey = Annotated[
 ]
 PromptKey = Annotated[
     str | None,
-    "the rows' key, a table's column or a tar's ending of the caption (default: the first of prompt, caption, text, conversations)",
+    "the rows' key, a table's column or a tar's ending of the caption (default: the first of prompt, caption, text, captions, conversations)",
 ]
 Captions = Annotated[
     Literal["first", "random", "all"],

@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ PICTURES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".heic", ".heif", ".jxl"),
 )
 LONGEST = 1 << 20  # bytes of a caption
-_NONE = 255  # for a picture without a caption
+_NONE = 0xFFFF  # for a picture without a caption
 
 
 def files(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -50,42 +51,52 @@ def _joined(below: str, name: str) -> str:
 
 
 def beside(folder: Path, how: How) -> Stored:
-    """A row for every picture below a folder, with the caption beside it: x.txt or x.caption for x.jpg.
+    """A row for every picture below a folder, with the caption beside it: x.txt or x.caption for x.jpg, or x.jpg.txt.
 
     A picture without a caption is an `Unread` row, and so is a link to a folder.
     """
-    names, ends, captions = bytearray(), array("q", [0]), bytearray()
+    names, ends, captions = bytearray(), array("q", [0]), array("H")
+    kinds: list[
+        str
+    ] = []  # what stands behind a picture's stem in the names of captions: .txt, .TXT, .jpg.txt and the like
     alone: list[str] = []
     for below, found in files(folder):
-        texts = {name: i for i, end in enumerate(CAPTIONS) for name in found if name.endswith(end)}
+        texts = sorted(
+            (name for name in found if ending(name) in CAPTIONS), key=lambda name: CAPTIONS.index(ending(name))
+        )
+        of = {_stem(name): name for name in reversed(texts)}  # .txt before .caption
         pictures = [name for name in found if ending(name) in PICTURES or (folder / below / name).is_dir()]
-        stems = {_stem(name) for name in pictures}
-        alone += [_joined(below, name) for name in texts if _stem(name) not in stems]
+        used = set()
         for name in pictures:
-            stem = _stem(name)
+            stem, caption = _stem(name), of.get(_stem(name)) or of.get(name)
+            used |= {stem, name}
             names += os.fsencode(_joined(below, name))
             ends.append(len(names))
-            captions.append(next((i for i, end in enumerate(CAPTIONS) if stem + end in texts), _NONE))
+            if caption is not None and (kind := caption[len(stem) :]) not in kinds:
+                kinds.append(kind)
+            captions.append(_NONE if caption is None else kinds.index(caption[len(stem) :]))
+        alone += [_joined(below, name) for name in texts if _stem(name) not in used]
 
     def values(part: range, pictures: bool = False) -> Iterator[tuple[Any, None]]:
         for i in part:
-            yield _captioned(folder, os.fsdecode(bytes(names[ends[i] : ends[i + 1]])), captions[i], how), None
+            file = os.fsdecode(bytes(names[ends[i] : ends[i + 1]]))
+            yield _captioned(folder, file, None if captions[i] == _NONE else kinds[captions[i]], how), None
 
-    come_from = " and ".join(f"`{end}`" for i, end in enumerate(CAPTIONS) if i in captions) or "nowhere"
+    come_from = " and ".join(f"`{kind}`" for kind in kinds) or "nowhere"
     come_from += f" ({len(alone)} captions have no picture beside them, the first is {alone[0]})" if alone else ""
     return Stored("a folder of pictures and captions", len(captions), values, come_from, roots=(folder,))
 
 
-def _captioned(folder: Path, file: str, caption: int, how: How) -> Any:
-    """The row of a picture below a folder."""
+def _captioned(folder: Path, file: str, kind: str | None, how: How) -> Any:
+    """The row of a picture below a folder, whose caption's name ends with `kind`."""
     stem = _stem(file)
     if ending(file) not in PICTURES:
         return Unread("a link to a folder is not followed: name that folder itself", file)
-    if caption == _NONE:
+    if kind is None:
         expected = " or ".join(PurePosixPath(stem).name + end for end in CAPTIONS)
         return Unread(f"no caption: expected {expected} beside it", file)
     try:
-        path = lookup.find(stem + CAPTIONS[caption], [folder])
+        path = lookup.find(stem + kind, [folder])
         found = text.of(reading.contents(path, LONGEST, "a caption"), path, "a caption", how.encoding).strip()
     except InputError as error:
         return Unread(f"its caption: {error}", file)
@@ -96,6 +107,11 @@ def _captioned(folder: Path, file: str, caption: int, how: How) -> Any:
 def imagefolder(folder: Path, metadata: Sequence[str], how: How) -> Stored:
     """The rows of Hugging Face's metadata files below a folder; each names files relative to itself."""
     stored = []
+    for parent, several in groupby(sorted(metadata), lambda name: str(PurePosixPath(name).parent)):
+        if len(both := list(several)) > 1:
+            raise InputError(
+                f"{folder / parent} holds {' and '.join(PurePosixPath(name).name for name in both)}: expected one of them; move the other away"
+            )
     for name in metadata:
         path, below = folder / name, str(PurePosixPath(name).parent)
         table = (

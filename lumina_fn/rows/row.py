@@ -15,7 +15,7 @@ from lumina_fn.errors import InputError
 from lumina_fn.picture_files import Source
 
 FILE_KEYS = ("file", "image", "image_path", "file_name", "path")  # what tools call it, the first that a row has
-PROMPT_KEYS = ("prompt", "caption", "text")
+PROMPT_KEYS = ("prompt", "caption", "text", "captions")
 TALK = "conversations"  # the key of Alpha-VLLM's training lists, TRAIN.md
 LISTED = 5  # names in a message
 # The two forms of an instruction, SPEC.md; the picture's size and the form are chosen anew.

@@ -118,7 +118,7 @@ def _caption(path: Path, fields: Mapping[str, Member], how: How) -> Any:
             return value[key]
     has = ", ".join(f".{field}" for field in fields)
     raise InputError(
-        f"no caption among {has}: expected .txt, .caption or .json (--prompt-key names its ending, or the key in .json)"
+        f"no caption among {has}: expected .txt, .caption or .json next to the picture in the tar (--prompt-key names its ending, or the key in .json)"
     )
 
 

@@ -83,7 +83,7 @@ PNG = drawn(0)
         ([("a.in.png", PNG), ("a.out.png", PNG), ("a.txt", b"x")], Keys("out.png"), Row("t.tar#a", "x")),
         ([("a.in.png", PNG), ("a.out.png", PNG), ("a.txt", b"x")], Keys(), "2 pictures among .in.png, .out.png, .txt"),
         ([("a.txt", b"x")], Keys(), "0 pictures among .txt: expected one picture"),
-        ([("a.png", PNG)], Keys(), "no caption among .png: expected .txt"),
+        ([("a.png", PNG)], Keys(), "no caption among .png: expected .txt, .caption or .json next to the picture"),
         ([("a.png", PNG), ("a.json", b"{")], Keys(), "its .json: the line is not JSON"),
         ([("a.png", PNG), ("a.json", b'{"x": 1}')], Keys(), "no caption among .png, .json"),
         ([("a.png", PNG), ("a.txt", b"it\x92s")], Keys(), "byte 0x92"),

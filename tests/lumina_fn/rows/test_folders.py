@@ -41,6 +41,16 @@ def test_captions_stand_beside_pictures_at_any_depth(tmp_path):
     assert rows.roots == (tmp_path,)
 
 
+def test_captions_of_windows_and_of_tools_that_name_the_picture_whole(tmp_path):
+    lay(tmp_path, {name: content for stem in "ab" for name, content in ((f"{stem}.JPG", b""), (f"{stem}.c.png", b""))})
+    lay(
+        tmp_path,
+        {"a.TXT": "one", "a.c.png.txt": "two", "b.JPG.caption": "three", "b.c.txt": "four", "b.c.caption": "five"},
+    )
+    assert read(tmp_path) == [Row("a.JPG", "one"), Row("a.c.png", "two"), Row("b.JPG", "three"), Row("b.c.png", "four")]
+    assert "1 captions" not in opened.opened(tmp_path).said()
+
+
 def test_what_has_no_caption_or_a_bad_one_is_refused_by_name(tmp_path):
     lay(
         tmp_path,
@@ -103,6 +113,12 @@ def test_the_metadata_of_imagefolder_names_files_beside_itself(tmp_path, name):
     ]
     assert [item.row.file for item in rows.items(range(3, 5), True)] == files[3:5]
     assert rows.said() == "read as Hugging Face imagefolder: 6 rows, captions from `text`"
+
+
+def test_two_metadata_files_of_one_folder_are_not_read_as_twice_the_rows(tmp_path):
+    lay(tmp_path, {f"train/{name}": "x" for name in folders.METADATA})
+    with pytest.raises(InputError, match=r"train holds metadata.csv and metadata.jsonl: expected one of them"):
+        opened.opened(tmp_path)
 
 
 @pytest.mark.parametrize(
