@@ -35,6 +35,7 @@ class Report:
     encoding: Encoding = None
     model: Annotated[Path | None, "for DATA: the model's folder, whose tokenizer counts tokens"] = None
     vq: Annotated[Path | None, "for FEATURES: the MoVQGAN that made them, to decode pictures"] = None
+    download: hub.Download = False
     size: Annotated[int, "for DATA: the --size that pretokenize will use"] = 768
     pictures: Annotated[Literal["as-seen", "as-stored"], "for DATA: the --pictures that pretokenize will use"] = (
         "as-seen"
@@ -65,6 +66,7 @@ class Verify:
     captions: Captions = "first"
     encoding: Encoding = None
     model: Annotated[Path | None, "the model's folder: captions are compared too"] = None
+    download: hub.Download = False
     n: Annotated[int, "number of pictures to compare, drawn at random", Range(1, 10**9)] = 64
     seed: Annotated[int, "random seed of that draw", SEED] = 0
     allow: Annotated[

@@ -38,6 +38,7 @@ class Settings:
         "for a guide: NAME=VALUE, a variable of its scripts, or the number of an argument, that is known only when they run; may be given several times",
         REPEATED,
     ] = ()
+    download: hub.Download = False
     overwrite: Annotated[bool, "replace an existing OUT"] = False
 
 

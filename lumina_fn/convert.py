@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if run.layout == "transformers" and run.to != "hf":
         raise InputError(f"--layout transformers: not of use with --to {run.to}; leave it out, or give --to hf")
+    run = hub.here(run, "src", "norm_from")
     write = conversion.WRITERS[run.layout if run.layout == "transformers" else run.to]
-    src = hub.local(run.src, run.download)
-    source = conversion.convert(src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from, vocab=run.vocab)
+    source = conversion.convert(
+        run.src, run.dst, write, overwrite=run.overwrite, norm_from=run.norm_from, vocab=run.vocab
+    )
     for line in (*source.remarks, printable(conversion.summary(source, run.dst, run.to))):
         print(line)
     return 0

@@ -40,6 +40,7 @@ class Settings:
         "tokens of a row (step) or slots of a cache (decode); a program for each (default: 4096, or the model's own limit)",
         SIZE,
     ] = None
+    download: hub.Download = False
     overwrite: Annotated[bool, "replace an existing OUT"] = False
     packed: Annotated[bool, "rows hold several documents", Group("a training step", "--devices 8 --remat all")] = False
     remat: Annotated[str, "of how many blocks only the input is kept for the backward: a number, or all"] = "0"
@@ -56,7 +57,7 @@ IGNORED = {"forward": ("tokens", *ONLY_STEP), "decode": ONLY_STEP, "step": ()}  
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of sys.argv); the exit code. Raises InputError."""
-    run = hub.here(flags.parse(Settings, __doc__, argv), "model")
+    run = flags.parse(Settings, __doc__, argv)
     usual = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
     for name in IGNORED[run.what]:
         if getattr(run, name) != usual[name]:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with startup.importing():
         from lumina_fn.programs import folder
 
-    folder.write(run, print)
+    folder.write(hub.here(run, "model"), print)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
-from lumina_fn.disk import reading
+from lumina_fn.disk import reading, untrusted_folder
 from lumina_fn.errors import InputError
 from lumina_fn.process import tokenizer_trial
 from lumina_fn.process.ranges import LONGEST_CAPTION
@@ -156,7 +156,8 @@ def _library(what: str) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict:
-    return reading.json_object(path, "a model folder with its tokenizer's files", tokenizer_trial.MAX_BYTES)
+    rest = "" if path.exists() else untrusted_folder.completed_by(path.parent)
+    return reading.json_object(path, f"a model folder with its tokenizer's files{rest}", tokenizer_trial.MAX_BYTES)
 
 
 def _named(model: tokenizers.Tokenizer, names: dict, key: str, folder: Path) -> int | None:

@@ -1,6 +1,7 @@
 """Detect the kind of a model's folder (native, Hugging Face, MindSpeed, a run's, MoVQGAN .ckpt) and check it without reading tensors."""
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,8 +13,8 @@ from lumina_fn.config import LATER, LUMINA_7B, ModelConfig, VQConfig
 from lumina_fn.disk import untrusted_folder
 from lumina_fn.disk.untrusted_folder import read_json
 from lumina_fn.errors import InputError, listed, printable
-from lumina_fn.formats import hf_config, mindspeed, names, tensor_files, torch_zip, vq_config
-from lumina_fn.formats.tensor_files import INDEX, Later, Stored, safetensors_header
+from lumina_fn.formats import hf_config, mindspeed, names, tensor_files, torch_zip, vq_config, weights
+from lumina_fn.formats.tensor_files import Later, Stored
 from lumina_fn.state import runs, saved_state
 from lumina_fn.vocab import LUMINA_VOCAB, Ids
 
@@ -26,7 +27,6 @@ COMPANIONS = (  # files that travel with a model's weights; no others are copied
 
 
 Vocab = Literal["cut", "keep"]
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"  # how transformers saved models before safetensors
 
 
 class Source(NamedTuple):
@@ -90,26 +90,22 @@ def _open(path: Path, norm: Stored | Later | None, vocab: Vocab | None) -> Sourc
         return _open_native(path, config)
     if saved := runs.checkpoint(path):
         return _open_run(saved)
-    weights = any(path.glob("*.safetensors")) or any((path / name).exists() for name in (INDEX, BIN, BIN_INDEX))
-    if config is not None and weights and not config.keys().isdisjoint({"model_type", "hidden_size"}):
-        return _open_transformer(path, _weights(path), config, "a Hugging Face folder", vocab)
+    stored = weights.there(path)
+    if config is not None and stored and not config.keys().isdisjoint({"model_type", "hidden_size"}):
+        return _open_transformer(path, weights.read(path), config, "a Hugging Face folder", vocab)
     if mindspeed.is_there(path):
         theirs = mindspeed.read(path, norm)
-        source = _open_transformer(path, theirs.tensors, config, theirs.what)
+        source = _open_transformer(path, theirs.tensors, config, theirs.what, vocab)
         return source._replace(remarks=source.remarks + theirs.remarks)
     checkpoints = sorted(path.glob("*.ckpt"))
     if len(checkpoints) == 1:
         return _open_ckpt(untrusted_folder.file(path, checkpoints[0].name))
     found = (
-        f"{len(checkpoints)} of these"
-        if checkpoints
-        else "weights without a model's config.json"
-        if weights
-        else "none"
+        f"{len(checkpoints)} of these" if checkpoints else "weights without a model's config.json" if stored else "none"
     )
     raise InputError(
-        f"{path} is no model folder: expected config.json with safetensors or {BIN} (native, Hugging Face), {mindspeed.ITERATION} "
-        f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}"
+        f"{path} is no model folder: expected config.json with safetensors or {weights.WHOLE} (native, Hugging Face), {mindspeed.ITERATION} "
+        f"(MindSpeed), .metadata (torch.distributed.checkpoint) or one MoVQGAN .ckpt, found {found}{untrusted_folder.completed_by(path)}"
     )
 
 
@@ -150,13 +146,13 @@ def _open_native(path: Path, config: dict) -> Source:
     if wrong:
         raise InputError(printable(f"{where}: {'; '.join(wrong)}"))
     cfg = _with_ids(ModelConfig(**sizes, ids=ids), path) if kind == "lumina" else VQConfig(**sizes)
-    tensors, _ = _matched(path, _weights(path), cfg, None, ())
+    tensors, _ = _matched(path, weights.read(path), cfg, None, ())
     source = config.get("source_config") if isinstance(config.get("source_config"), dict) else None
     return Source(f"a native {kind} folder", cfg, tensors, source, companions(path), [])
 
 
 def _open_transformer(
-    path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str, vocab: Vocab | None = None
+    path: Path, found: Mapping[str, Stored | Later], config: dict | None, what: str, vocab: Vocab | None
 ) -> Source:
     paths = {names.to_native(key, names.TRANSFORMER): tensor.shape for key, tensor in found.items()}
     sizes = hf_config.of_shapes({ours: shape for ours, shape in paths.items() if ours is not None})
@@ -175,7 +171,7 @@ def _of_vocabulary(
 ) -> tuple[ModelConfig, Mapping[str, Stored | Later]]:
     """The config and the tensors of one vocabulary, where another tool has added rows to the embeddings. Raises InputError."""
     keys = [names.key_of(ours, names.TRANSFORMER) for ours in ("embed", "head.unembed")]
-    rows = {found[key].shape[0] for key in keys if key in found and len(found[key].shape) == 2}
+    rows = {found[key].shape[0] if key in found and len(found[key].shape) == 2 else 0 for key in keys}
     if len(rows) != 1 or (has := rows.pop()) <= cfg.vocab:
         return cfg, found
     if vocab == "keep":
@@ -183,7 +179,7 @@ def _of_vocabulary(
     if vocab is None:
         raise InputError(
             f"{path}: the embeddings have {has} rows, and vocab_size in config.json is {cfg.vocab}: another tool has resized them; "
-            f"write a model of one size: lumina convert {path} DST --to native --vocab cut (to {cfg.vocab}) or --vocab keep ({has})"
+            f"write a model of one size: lumina convert {shlex.quote(str(path))} DST --to native --vocab cut (to {cfg.vocab}) or --vocab keep ({has})"
         )
     return cfg, {**found, **{key: _first_rows(found[key], cfg.vocab) for key in keys}}
 
@@ -239,36 +235,6 @@ def _matched(
     if wrong := "; ".join(f"{what}: {listed(keys)}" for what, keys in lists.items() if keys):
         raise InputError(printable(f"{where} does not hold the tensors that its sizes call for: {wrong}"))
     return {path: found[key] for path, key in keys.items()}, _ignored(ignored)
-
-
-def _weights(folder: Path) -> dict[str, Stored]:
-    """The tensors in a folder's safetensors files or, if it has none, in its pytorch_model.bin files, whose pickles are not executed."""
-    if (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
-        return _gathered(folder, INDEX, "*.safetensors", safetensors_header)
-    return _gathered(folder, BIN_INDEX, BIN, lambda path: torch_zip.state_dict(path)[0])
-
-
-def _gathered(folder: Path, index: str, pattern: str, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
-    """The tensors of the files that an index names or, without one, of every file of this pattern."""
-    if not (folder / index).exists():
-        shards = [path.name for path in sorted(folder.glob(pattern))]
-        where = None
-    else:
-        where = read_json(untrusted_folder.file(folder, index)).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise InputError(f"{folder / index} has no weight_map of tensor and file names")
-        shards = sorted(set(where.values()))
-        if absent := [name for name in shards if not (folder / name).exists()]:
-            raise InputError(printable(f"{folder} lacks the files of its index: {listed(absent)}; get them"))
-    found: dict[str, Stored] = {}
-    for shard in shards:
-        header = read(untrusted_folder.file(folder, shard))
-        if where is not None:
-            header = {key: tensor for key, tensor in header.items() if where.get(key, shard) == shard}
-        if twice := sorted(found.keys() & header.keys()):
-            raise InputError(printable(f"{folder} holds tensors in two files: {listed(twice)}"))
-        found |= header
-    return found
 
 
 def _with_ids(cfg: ModelConfig, folder: Path) -> ModelConfig:
