@@ -55,7 +55,7 @@ class Settings:
     seq: Annotated[
         int,
         "tokens of a sample, padded as in finetune; the default is a picture of 768 x 768 pixels and a long caption",
-        Group("training step", "--seq 4096 --micro-batch 2 --remat"),
+        Group("training step", "--seq 4096 --micro-batch 2 --remat all"),
     ] = PICTURE + CAPTION
     micro_batch: Annotated[int, "samples per forward and backward of a device"] = 1
     batch: Annotated[int | None, "samples per step, over all devices (default: one micro batch per device)"] = None
@@ -64,7 +64,9 @@ class Settings:
     reduce_dtype: Annotated[
         Type, "precision of sums of gradients over devices; auto: float32, or float64 if compute is"
     ] = "auto"
-    remat: Annotated[bool | None, "recompute in the backward (default: on from a billion parameters)"] = None
+    remat: Annotated[
+        str, "blocks that are computed again in the backward: a number, all, or auto: the fewest that fit"
+    ] = "auto"
     compile: Annotated[Literal["off", "blocks"], "what is compiled"] = "blocks"
     strategy: Annotated[
         Literal["fsdp", "sdp", "no", "hybrid", "hybrid_zero2"],

@@ -42,8 +42,8 @@ class Settings:
     ] = None
     download: hub.Download = False
     overwrite: Annotated[bool, "replace an existing OUT"] = False
-    packed: Annotated[bool, "rows hold several documents", Group("a training step", "--devices 8 --remat")] = False
-    remat: Annotated[bool, "compute blocks again in the backward"] = False
+    packed: Annotated[bool, "rows hold several documents", Group("a training step", "--devices 8 --remat all")] = False
+    remat: Annotated[str, "of how many blocks only the input is kept for the backward: a number, or all"] = "0"
     devices: Annotated[int, "ranks that share the state", SIZE] = 1
     strategy: Annotated[Literal["fsdp", "sdp", "no"], "how they share it"] = "fsdp"
     weight_decay: Annotated[float, "AdamW's", WEIGHT_DECAY] = 1e-2

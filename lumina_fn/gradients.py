@@ -5,7 +5,7 @@ blocks share one (forward, backward) pair, so that compile time does not grow wi
 forward and its backward is decided in one place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def seams(mesh: Mesh | None, dtype: torch.dtype | None) -> Seams:
     return Seams(ahead(mesh.forward_prefetch), ahead(mesh.backward_prefetch), scatter, mesh.regathers)
 
 
-@lru_cache(maxsize=4)  # steps of one model share the compiled pair
+@lru_cache(maxsize=8)  # steps of one model, and blocks that keep the same, share the compiled pair
 def block_pair(cfg: ModelConfig, *, compiled: bool, keep_inputs: bool, packed: bool = False) -> Pair:
     """One block as a function of (x, angles, *leaves), or (x, angles, first, *leaves) for packed rows, and its backward."""
     fixed = (1, 2) if packed else (1,)
@@ -60,7 +60,7 @@ class Walk(NamedTuple):
 
     cfg: ModelConfig
     seam: Seams
-    pair: Pair  # of a block
+    pairs: Sequence[Pair]  # of each block
     z_weight: float
     scatter: Callable  # (gradients of a whole unit, the unit's parameters) -> what is kept of them
 
@@ -72,7 +72,7 @@ def walk(
 
     They are added in place to `before`, the gradients of earlier batches (None: there are none).
     """
-    cfg, seam, pair, z_weight, scatter = how
+    cfg, seam, pairs, z_weight, scatter = how
     tokens, *first = (x[:, : cfg.max_positions] for x in (batch.tokens, *batch[2:]))
     where = (angles_of(tokens, cfg, *first), *first)
     labels, blocks = batch.labels, params.blocks
@@ -80,7 +80,7 @@ def walk(
 
     x = F.embedding(tokens, next(wholes))
     kept: list[Any] = []
-    for _ in blocks:
+    for pair in pairs:
         leaves = pytree.tree_leaves(next(wholes))
         y, residuals = pair.forward(x, *where, *leaves)
         kept.append((x, residuals, None if seam.regathers else leaves))
@@ -96,7 +96,7 @@ def walk(
     for i in reversed(range(len(blocks))):
         x, residuals, leaves = kept.pop()
         leaves = pytree.tree_leaves(next(again)) if again else leaves
-        dx, *grads = pair.backward(residuals, x, *where, *leaves, dx)
+        dx, *grads = pairs[i].backward(residuals, x, *where, *leaves, dx)
         del x, residuals, leaves
         d_blocks.append(done(pytree.tree_unflatten(grads, BLOCK), blocks[i], before and before.blocks[i]))
         del grads

@@ -16,7 +16,7 @@ from lumina_fn.loss import Batch, Packed, loss, predicted
 from lumina_fn.model import Params, over_units
 from lumina_fn.optim import AdamW
 from lumina_fn.sharding import Mesh, Sharded
-from lumina_fn.transform import inductor, jit
+from lumina_fn.transform import Pair, inductor, jit
 from ops import collectives
 
 __all__ = [
@@ -66,7 +66,7 @@ class Options(NamedTuple):
     z_weight: float = 1e-5
     dtype: torch.dtype | None = None
     compiled: bool = False  # the blocks
-    remat: bool = False
+    remat: bool | int = False
     donate: bool = False
     sync: bool = True
     noise: bool = False
@@ -75,7 +75,7 @@ class Options(NamedTuple):
 # The public contract's signature: options are named one by one, so that a call reads as what it trains with.
 def make_train_step(
     cfg: ModelConfig, opt: AdamW, mesh: Mesh | None = None, *, z_weight: float = 1e-5, dtype: torch.dtype | None = None,
-    compile: str = "off", remat: bool = False, donate: bool = False, sync: bool = True, noise: bool = False,
+    compile: str = "off", remat: bool | int = False, donate: bool = False, sync: bool = True, noise: bool = False,
 ) -> Callable[[TrainState, Batch | Packed], tuple[TrainState, dict[str, Tensor]]]:  # fmt: skip
     """step(state, batch) -> (state, metrics): forward, backward, global-norm clip, AdamW.
 
@@ -84,8 +84,8 @@ def make_train_step(
     rank's share (A the same on every rank), and metrics are those of all ranks' batches together.
 
     compile  "off" eager, "blocks" one compiled pair for all blocks, "step" the whole step traced and compiled
-    remat    keep only each block's input for its backward; without "blocks" this is always so where units are gathered
-             again in the backward, since autograd would keep the gathered units
+    remat    of this many blocks, the first ones, keep only the input for the backward, which computes the rest again (True: of all);
+             without "blocks" it is all of them where units are gathered again in the backward, since autograd would keep those
     donate   overwrite the given state
     sync     reduce gradients over ranks after each micro batch; False: once per step, which keeps a whole model's gradients
     noise    metrics "noise" and "signal" of the gradients, from micro batches on all ranks: see lumina_fn.gradient_noise
@@ -105,8 +105,12 @@ def make_update(
     """update(state, batch, lr) -> (state, metrics): the step of make_train_step as a function of tensors alone, which can be exported."""
     z_weight, dtype, compiled, remat, donate, sync, noise = options
     seam = seams(mesh, dtype)
-    keep_inputs = remat or (seam.regathers and not compiled)
-    pair = lambda packed: block_pair(cfg, compiled=compiled, keep_inputs=keep_inputs, packed=packed)
+    recomputed = cfg.layers if remat is True or (seam.regathers and not compiled) else int(remat)
+
+    def pairs(packed: bool) -> list[Pair]:
+        of = lambda keep_inputs: block_pair(cfg, compiled=compiled, keep_inputs=keep_inputs, packed=packed)
+        return [of(i < recomputed) for i in range(cfg.layers)]
+
     world, shards = (mesh.world, mesh.shards) if mesh is not None else (("", 1), ("", 1))
     whole = lambda grads, unit: pytree.tree_map(lambda g: g.to(_leaf(unit).dtype), grads)
 
@@ -122,7 +126,7 @@ def make_update(
                     squares.append(square(whole_grads))
                 return seam.scatter(whole_grads, unit) if sync else whole(whole_grads, unit)
 
-            how = Walk(cfg, seam, pair(isinstance(batch, Packed)), z_weight, scatter)
+            how = Walk(cfg, seam, pairs(isinstance(batch, Packed)), z_weight, scatter)
             grads, more = walk(how, params, batch, count, grads)
             terms = terms + (torch.cat([more, piece(squares, predicted(batch.labels, cfg) / count)]) if noise else more)
         assert grads is not None, "a batch has micro batches"

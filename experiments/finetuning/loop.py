@@ -20,7 +20,6 @@ from experiments.planning import memory
 from experiments.planning.memory import Room
 from lumina_fn import checkpoint, errors, model, optim, train
 from lumina_fn.config import ModelConfig
-from lumina_fn.costs.cost import REMAT_FROM
 from lumina_fn.disk import places
 from lumina_fn.features import batches, prefetch
 from lumina_fn.features.batches import Batching
@@ -160,8 +159,7 @@ def finetune(
     run, world, mesh, cfg, device, compute = job
     make_step = lambda noise: train.make_train_step(
         cfg, _optimizer(run), mesh, z_weight=run.z_weight, dtype=compute, compile=run.compile,
-        remat=_parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
-        donate=True, sync=run.sync, noise=noise,
+        remat=int(room.setup.remat), donate=True, sync=run.sync, noise=noise,
     )  # fmt: skip
     step, noisy_step = make_step(False), make_step(True)  # each is compiled only when it is first used
     steps = range(int(state.step), run.steps)
@@ -230,10 +228,6 @@ def _mesh(run: Settings, world: World, device: torch.device, compute: torch.dtyp
 def _micro_batch(run: Settings, world: World) -> int:
     """Samples of a micro batch: no more than a process's share."""
     return min(run.micro_batch, -(-run.batch // world.size))
-
-
-def _parameters(cfg: ModelConfig) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(model.init(cfg, device="meta")))
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:

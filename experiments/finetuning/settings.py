@@ -65,7 +65,7 @@ class Settings:
     device: Annotated[
         str,
         "cpu, npu, cuda, or auto: the first of npu, cuda and cpu that is available; each process takes its own",
-        Group("devices", "--device npu --strategy fsdp --dtype bfloat16 --remat"),
+        Group("devices", "--device npu --strategy fsdp --dtype bfloat16 --remat all"),
     ] = "auto"
     env_check: EnvCheck = "error"
     dtype: Annotated[
@@ -99,9 +99,10 @@ class Settings:
         "sum gradients over processes after each micro batch; if not, once a step, which keeps a whole model's gradients in memory",
     ] = True
     remat: Annotated[
-        bool | None,
-        "keep only each block's input and recompute the rest in the backward (default: on from a billion parameters)",
-    ] = None
+        str,
+        "of how many blocks only the input is kept, and the rest computed again in the backward: a number, all, or auto: the fewest "
+        "that fit into memory",
+    ] = "auto"
     compile: Annotated[
         Literal["off", "blocks", "step"] | None,
         "compile nothing, one block that serves all layers, or the whole step (default: blocks; on an NPU off, the only choice there)",

@@ -64,7 +64,7 @@ def seconds(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> di
     tokens = setup.micro_batches * setup.micro_batch * setup.tokens
     speed = device.flops * device.reached
     compute = cost.flops(cfg, setup.tokens) * tokens / speed
-    again = cost.recomputed_flops(cfg, setup.tokens) * tokens / speed if setup.keeps_inputs else 0.0
+    again = cost.recomputed_flops(cfg, setup.tokens, setup.recomputed(cfg)) * tokens / speed
     moved = Counter({one.kind: _transfer(one, device, per_node) for one in cost.traffic(cfg, setup)})
     beside = lambda prefetch, moving, computing: max(moving - computing, 0.0) if prefetch else moving
     mesh = setup.mesh

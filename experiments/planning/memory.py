@@ -28,6 +28,7 @@ VERSIONS = (
 )
 # Compiled blocks take about as much memory as eager ones, or less: in 16 randomly drawn steps at most 1.006 times as much.
 COMPILED = 1.02
+USABLE = 0.9  # of what is free, for what a run needs besides
 SHARED = "share the model out to more processes (torchrun, --strategy fsdp)"
 
 
@@ -93,7 +94,7 @@ class Room:
 
         if self.free is None or cost.most_memory(self.cfg, self.setup) <= self.free or self.needed <= self.free:
             return None
-        return f"note: a step is predicted to need {size(self.needed)} (plan), {size(self.free)} are free: {ways(self.setup)}"
+        return f"note: a step is predicted to need {size(self.needed)} (plan), {size(self.free)} are free: {ways(self.cfg, self.setup)}"
 
     @contextmanager
     def during(self, what: str, lower: str | None = None) -> Iterator["Place"]:
@@ -104,7 +105,7 @@ class Room:
         try:
             yield place
         except Exception as error:
-            rest = lambda: f"{self._numbers()}: {lower or ways(self.setup)}"
+            rest = lambda: f"{self._numbers()}: {lower or ways(self.cfg, self.setup)}"
             raise_refused(error, f"out of memory {place.now}", rest)
             raise
 
@@ -128,12 +129,36 @@ def room(
         devices=world.size, shard_size=run.shard_size or world.local_size, micro_batch=micro,
         micro_batches=-(-share // micro),
     )  # fmt: skip
-    return Room(cfg, setup, free(device, world.local_size))
+    there = free(device, world.local_size)
+    if run.remat == "auto":  # rank 0 decides: what is free differs a little
+        count = world.total(recomputed(cfg, setup, there) if world.rank == 0 else 0)
+        setup = replace(setup, remat=count)
+        if count:
+            world.say(
+                f"note: {count} of {cfg.layers} blocks are computed again in the backward, to fit into memory (--remat auto)"
+            )
+    return Room(cfg, setup, there)
 
 
-def ways(setup: "Setup") -> str:
+def recomputed(cfg: "ModelConfig", setup: "Setup", free: int | None) -> int:
+    """The fewest blocks that must be computed again in the backward for a step to fit into the free memory, by the plan.
+
+    Where it is not known what is free: all from a billion parameters, above which activations are what exceeds memory.
+    """
+    from lumina_fn.costs import cost, footprint
+
+    if free is None:
+        return cfg.layers if cost.parameters(cfg) >= cost.REMAT_FROM else 0
+    if cost.most_memory(cfg, setup) <= free:
+        return 0
+    return footprint.fewest_recomputed(cfg, setup, int(USABLE * free))
+
+
+def ways(cfg: "ModelConfig", setup: "Setup") -> str:
     """The flags that lower a step's memory and change no result."""
-    found = ["lower --micro-batch"] * (setup.micro_batch > 1) + ["give --remat"] * (not setup.remat)
+    found = ["lower --micro-batch"] * (setup.micro_batch > 1) + ["give --remat all"] * (
+        setup.recomputed(cfg) < cfg.layers
+    )
     if setup.devices > 1 and setup.strategy != "fsdp":
         found.append("give --strategy fsdp")
     return ", or ".join(found or [SHARED])

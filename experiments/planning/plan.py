@@ -14,11 +14,12 @@ from experiments.planning.report import MOST, USABLE, Plan
 from lumina_fn import checkpoint, sources
 from lumina_fn.config import LATER, LUMINA_7B, ModelConfig
 from lumina_fn.costs import cost, footprint
-from lumina_fn.costs.cost import REMAT_FROM, Setup
+from lumina_fn.costs.cost import Setup
 from lumina_fn.errors import InputError
 from lumina_fn.features import batches
 from lumina_fn.formats import hf_config
 from lumina_fn.formats.hf_config import LARGEST
+from lumina_fn.process.ranges import blocks
 from lumina_fn.state import runs
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def main(run: "Settings") -> int:
     cfg, compute = _config(run), _dtype(run.dtype, torch.float32 if run.device == CPU else torch.bfloat16)
     device = devices.cpu(compute) if run.device == CPU else DEVICES[run.device]
     device = replace(device, reached=run.efficiency or device.reached)
-    setups = [_setup(run, cfg, n, compute) for n in run.devices]
+    setups = [_setup(run, cfg, n, compute, _own(run, device, n)) for n in run.devices]
     if run.roofline:
         print("\n".join(roofline.lines(cfg, setups, device, run.devices_per_node)))
         return 0
@@ -42,7 +43,7 @@ def main(run: "Settings") -> int:
         print(json.dumps([asdict(plan) for plan in plans], indent=2))
         return 0
     about = report.facts(cfg, setups[0], device, run.device, run.devices_per_node, run.seq)
-    print("\n".join([*about, "", *report.table(plans), "", *report.notes(device, run.device, compute)]))
+    print("\n".join([*about, "", *report.table(plans, cfg.layers), "", *report.notes(device, run.device, compute)]))
     return 0
 
 
@@ -61,6 +62,7 @@ def plan(cfg: ModelConfig, setup: Setup, device: Device, per_node: int) -> Plan:
         at_peak={label: at_peak[label] for label in footprint.LABELS},
         at_most={label: max(by_label[label] for by_label in moments.values()) for label in footprint.LABELS},
         of_memory=at_peak.total() / device.memory,
+        recomputed=setup.recomputed(cfg),
         kept_by_block=footprint.kept(cfg, replace(setup, remat=False)),
         kept_by_block_with_remat=footprint.kept(cfg, replace(setup, remat=True)),
         whole_units=cost.whole_units(cfg, setup),
@@ -88,7 +90,7 @@ def largest(size: Callable[[int], int], room: float, most: int) -> int:
     return fits
 
 
-def _setup(run: "Settings", cfg: ModelConfig, n: int, compute: torch.dtype) -> Setup:
+def _setup(run: "Settings", cfg: ModelConfig, n: int, compute: torch.dtype, device: Device) -> Setup:
     shard_size = run.shard_size or min(run.devices_per_node, n)
     if run.strategy.startswith("hybrid") and n % shard_size:
         raise InputError(f"--shard-size {shard_size}: expected a divisor of the {n} devices")
@@ -97,7 +99,10 @@ def _setup(run: "Settings", cfg: ModelConfig, n: int, compute: torch.dtype) -> S
     tokens = min(batches.bucket(min(run.seq, cfg.max_positions)), cfg.max_positions)
     taken = setup_of(run, cfg, tokens, compute, run.device == CPU)
     share = -(-(run.batch or n * run.micro_batch) // n)
-    return replace(taken, devices=n, shard_size=shard_size, micro_batches=-(-share // run.micro_batch))
+    setup = replace(taken, devices=n, shard_size=shard_size, micro_batches=-(-share // run.micro_batch))
+    if run.remat == "auto":
+        setup = replace(setup, remat=footprint.fewest_recomputed(cfg, setup, int(USABLE * device.memory)))
+    return setup
 
 
 def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu: bool) -> Setup:
@@ -109,7 +114,7 @@ def setup_of(run: Any, cfg: ModelConfig, tokens: int, compute: torch.dtype, cpu:
         dtype=compute,
         param_dtype=_dtype(run.param_dtype, compute),
         reduce_dtype=_dtype(run.reduce_dtype, torch.promote_types(compute, torch.float32)),
-        remat=cost.parameters(cfg) >= REMAT_FROM if run.remat is None else run.remat,
+        remat=blocks(run.remat, cfg.layers) or 0,
         compiled=run.compile != "off",
         sync=run.sync,
         forward_prefetch=run.forward_prefetch and not cpu,

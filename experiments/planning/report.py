@@ -37,6 +37,7 @@ class Plan:
     at_peak: dict[str, int]  # by label, such as gradients
     at_most: dict[str, int]  # the same, each label at its own peak
     of_memory: float  # the peak as a share of the device's memory
+    recomputed: int  # blocks that keep only their input for the backward
     kept_by_block: int  # from its forward to its backward
     kept_by_block_with_remat: int
     whole_units: int  # gathered, or cast, at once
@@ -52,7 +53,7 @@ class Plan:
 def facts(cfg: ModelConfig, setup: Setup, device: Device, name: str, per_node: int, seq: int) -> list[str]:
     """Lines that describe the model, the settings and the device of the plans."""
     dtype = lambda kind: str(kind).removeprefix("torch.")
-    kinds = [setup.strategy] + ["remat"] * setup.remat + ["blocks compiled"] * setup.compiled
+    kinds = [setup.strategy] + ["blocks compiled"] * setup.compiled
     kinds += ["one sum over devices a step"] * (not setup.sync)
     return [
         f"{cost.parameters(cfg):,} parameters: {cfg.layers} layers, width {cfg.width}, {cfg.heads} heads, {cfg.kv_heads} of keys, "
@@ -65,8 +66,8 @@ def facts(cfg: ModelConfig, setup: Setup, device: Device, name: str, per_node: i
     ]
 
 
-def table(plans: list[Plan]) -> list[str]:
-    """An aligned Markdown table with a column for each plan."""
+def table(plans: list[Plan], layers: int) -> list[str]:
+    """An aligned Markdown table with a column for each plan of a model of so many layers."""
     unit, name = (GB, "GB") if max(plan.peak for plan in plans) >= 10 * GB else (MB, "MB")
     size = lambda n: f"{n / unit:.{2 if unit == GB else 1}f}"
     rows = {
@@ -78,6 +79,7 @@ def table(plans: list[Plan]) -> list[str]:
         f"**predicted peak, {name}**": [size(plan.peak) for plan in plans],
         "of the device's memory": [f"{plan.of_memory:.0%}" for plan in plans],
         "reached in": [plan.moment for plan in plans],
+        f"blocks computed again, of {layers}": [str(plan.recomputed) for plan in plans],
         f"a block keeps, {name}": [size(plan.kept_by_block) for plan in plans],
         f"a block keeps with remat, {name}": [size(plan.kept_by_block_with_remat) for plan in plans],
         "whole units at once": [str(plan.whole_units) for plan in plans],

@@ -27,7 +27,7 @@ class Setup:
     dtype: torch.dtype = torch.float32  # of compute
     param_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype = torch.float32
-    remat: bool = False
+    remat: bool | int = False  # the number of blocks that are computed again; True: all
     compiled: bool = False  # the blocks
     sync: bool = True
     forward_prefetch: bool = False
@@ -52,10 +52,10 @@ class Setup:
         """The dtype of the master parameters and of AdamW's moments."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    @property
-    def keeps_inputs(self) -> bool:
-        """Whether a block keeps only its input for the backward."""
-        return self.remat or (not self.compiled and self.mesh is not None and self.mesh.regathers)
+    def recomputed(self, cfg: ModelConfig) -> int:
+        """The number of blocks, the first ones, that keep only their input for the backward."""
+        eager = not self.compiled and self.mesh is not None and self.mesh.regathers
+        return cfg.layers if self.remat is True or eager else min(int(self.remat), cfg.layers)
 
 
 def parameters(cfg: ModelConfig) -> int:
@@ -71,9 +71,9 @@ def flops(cfg: ModelConfig, tokens: int) -> int:
     return 3 * (cfg.layers * _block_flops(cfg, tokens) + 2 * cfg.vocab * cfg.width)
 
 
-def recomputed_flops(cfg: ModelConfig, tokens: int) -> int:
-    """The FLOPs per token that remat adds: the blocks' forward once more."""
-    return cfg.layers * _block_flops(cfg, tokens)
+def recomputed_flops(cfg: ModelConfig, tokens: int, blocks: int) -> int:
+    """The FLOPs per token that remat of this many blocks adds: their forward once more."""
+    return blocks * _block_flops(cfg, tokens)
 
 
 def _block_flops(cfg: ModelConfig, tokens: int) -> int:

@@ -4,6 +4,7 @@ The code that runs is that of the real step, so what it keeps and frees is count
 assumed to need no memory besides their arguments and results, unless `Setup.cpu`.
 """
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -46,20 +47,42 @@ HOLES = 1.3
 
 
 def memory(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
-    """Bytes by label at the peak of each moment of a step, in order; blocks between the first and the last are left out.
+    """Bytes by label at the peak of each moment of a step, in order; of blocks alike the first and the last are there.
 
-    Memory at each moment is linear in the number of layers, so that three layers determine any number.
+    Memory at each moment is linear in the number of blocks that keep their inputs and of those that keep more, so that steps of two and
+    three of each determine any number.
     """
-    if cfg.layers <= 3:
-        moments = _trace(cfg, setup)
-    else:
-        two, three = (_trace(replace(cfg, layers=n), setup) for n in (2, 3))
-        more = lambda a, b: Counter({label: b[label] + (cfg.layers - 3) * (b[label] - a[label]) for label in a | b})
-        moments = {moment: more(two[moment], three[moment]) for moment in two}
+    recomputed = setup.recomputed(cfg)
+    numbers = recomputed, cfg.layers - recomputed
+    few = [min(n, 2) for n in numbers]
+    moments = _trace(cfg, setup, recomputed) if cfg.layers <= 3 else _traced(cfg, setup, *few)
+    for kind, n in enumerate(numbers):
+        if cfg.layers > 3 and n > 2:
+            more = _traced(cfg, setup, *(3 if i == kind else m for i, m in enumerate(few)))
+            base = _traced(cfg, setup, *few)
+            moments = {
+                moment: Counter(
+                    {
+                        label: by[label] + (n - 2) * (more[moment][label] - base[moment][label])
+                        for label in by | more[moment]
+                    }
+                )
+                for moment, by in moments.items()
+            }
     if not setup.cpu:
         return moments
     holes = HOLES * sum(max(by_label[label] for by_label in moments.values()) for label in (BLOCK, FLAT))
     return {moment: by_label + Counter({FREED: round(holes)}) for moment, by_label in moments.items()}
+
+
+def _traced(cfg: ModelConfig, setup: Setup, recomputed: int, others: int) -> dict[str, Counter[str]]:
+    return _trace(replace(cfg, layers=recomputed + others), replace(setup, remat=False), recomputed)
+
+
+def fewest_recomputed(cfg: ModelConfig, setup: Setup, room: int) -> int:
+    """The fewest blocks that must be computed again for a step to fit into `room` bytes; all if none do."""
+    fits = lambda n: peak(cfg, replace(setup, remat=n)) <= room
+    return bisect_left(range(cfg.layers), True, key=fits)
 
 
 def peak(cfg: ModelConfig, setup: Setup) -> int:
@@ -69,7 +92,7 @@ def peak(cfg: ModelConfig, setup: Setup) -> int:
 
 def kept(cfg: ModelConfig, setup: Setup) -> int:
     """Bytes that a block keeps for the backward: its output, and its residuals, which the backward needs besides the arguments."""
-    pair, _ = _block(replace(cfg, layers=1), setup)
+    pair, _ = _block(cfg, setup, setup.recomputed(cfg) > 0)
     watch, arguments = _watch(setup), _arguments(cfg, setup)
     watch.hold(arguments, KEPT)
     before = watch.now.total()
@@ -80,12 +103,13 @@ def kept(cfg: ModelConfig, setup: Setup) -> int:
     return after - before
 
 
-def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
+@lru_cache(maxsize=64)  # any number of blocks follows from few of these
+def _trace(cfg: ModelConfig, setup: Setup, recomputed: int) -> dict[str, Counter[str]]:
     """`memory`, measured in a step of all layers: its last micro batch and the update."""
     watch, mesh = _watch(setup), setup.mesh
     whole = model.init(cfg, device="meta", dtype=setup.masters)
     state = train.init_state(whole, optim.AdamW(), mesh)
-    seam, blocks = seams(mesh, setup.dtype), _block_names(cfg)
+    seam, blocks = seams(mesh, setup.dtype), _block_names(cfg.layers, recomputed)
     units = ["embedding", *blocks, "head"]
     before = None
     if setup.micro_batches > 1:
@@ -93,7 +117,7 @@ def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
     for tree, label in ((state.params, PARAMETERS), ((state.mu, state.nu), MOMENTS), (before, GRADIENTS)):
         watch.hold(tree, label)
     del whole
-    pair = _watched_pair(watch, *_block(replace(cfg, layers=1), setup), blocks)
+    pairs = [_watched_pair(watch, *_block(cfg, setup, i < recomputed), block) for i, block in enumerate(blocks)]
     seam = seam._replace(
         forward=_watched_gather(
             watch, seam.forward, ["lookup", *(f"gather, {b}" for b in blocks), "loss"], setup.forward_prefetch
@@ -109,7 +133,7 @@ def _trace(cfg: ModelConfig, setup: Setup) -> dict[str, Counter[str]]:
     watch.hold(batch, KEPT)
     with watch:
         last_batch, count = Batch(*(x[-1] for x in batch)), torch.empty((), device="meta")
-        grads, _ = walk(Walk(cfg, seam, pair, 0.0, scatter), state.params, last_batch, count, before)
+        grads, _ = walk(Walk(cfg, seam, pairs, 0.0, scatter), state.params, last_batch, count, before)
         del before
         if not setup.sync:
             last = _watched_scatter(watch, seam.scatter, units, "sum over devices, {}")
@@ -138,10 +162,15 @@ def _loss_scratch(x: Tensor, weight: Tensor, target: Tensor, *others: Any) -> in
     return most - left
 
 
-def _block_names(cfg: ModelConfig) -> list[str]:
-    return [
-        "the last block" if i == cfg.layers - 1 else "a block" if i else "the first block" for i in range(cfg.layers)
-    ]
+def _block_names(layers: int, recomputed: int) -> list[str]:
+    """A block's name in the moments; where there are two kinds, the last of the first kind and the first of the other have their own."""
+    names = (
+        {recomputed: "the first kept block", recomputed - 1: "the last recomputed block"}
+        if 0 < recomputed < layers
+        else {}
+    )
+    names |= {layers - 1: "the last block", 0: "the first block"} if layers > 1 else {0: "the last block"}
+    return [names.get(i, "a block") for i in range(layers)]
 
 
 def _arguments(cfg: ModelConfig, setup: Setup) -> tuple[Tensor, ...]:
@@ -151,8 +180,9 @@ def _arguments(cfg: ModelConfig, setup: Setup) -> tuple[Tensor, ...]:
     return x, model.rope(torch.arange(setup.tokens, device="meta"), cfg), *pytree.tree_leaves(one)
 
 
-def _block(cfg: ModelConfig, setup: Setup) -> tuple[Pair, tuple[int, int]]:
-    return _pair(cfg, setup.micro_batch, setup.tokens, setup.dtype, setup.compiled, setup.keeps_inputs)
+def _block(cfg: ModelConfig, setup: Setup, recomputed: bool) -> tuple[Pair, tuple[int, int]]:
+    one = replace(cfg, layers=1)
+    return _pair(one, setup.micro_batch, setup.tokens, setup.dtype, setup.compiled, recomputed)
 
 
 @lru_cache(maxsize=64)  # plans of several device counts share the traces
@@ -177,9 +207,8 @@ def _pair(
     return pair, tuple(needs)
 
 
-def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], blocks: list[str]) -> Pair:
-    """The pair with memory counted; it is called for these blocks in order, then in reverse."""
-    ways, names = iter(blocks), reversed(blocks)
+def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], block: str) -> Pair:
+    """A block's pair with memory counted."""
 
     def run(function: Callable, need: int, *args):
         out = function(*args)
@@ -188,12 +217,12 @@ def _watched_pair(watch: Live, pair: Pair, needs: tuple[int, int], blocks: list[
 
     def forward(x, angles, *leaves):
         watch.hold((x, angles), KEPT)
-        with watch.phase(f"forward, {next(ways)}", BLOCK, KEPT):
+        with watch.phase(f"forward, {block}", BLOCK, KEPT):
             return run(pair.forward, needs[0], x, angles, *leaves)
 
     def backward(*args):
         watch.hold(args[-1], BLOCK)
-        with watch.phase(f"backward, {next(names)}", BLOCK, WHOLE):
+        with watch.phase(f"backward, {block}", BLOCK, WHOLE):
             return run(pair.backward, needs[1], *args)
 
     return Pair(forward, backward)

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from lumina_fn.errors import InputError
+
 
 class Range(NamedTuple):
     """`Annotated[int, "help", Range(1, 10)]`: from 1 to 10. NaN is in no range."""
@@ -25,3 +27,14 @@ CLIP = Range(0, above=True)  # infinity: no clipping
 Z_WEIGHT = Range(0, 1)
 MAX_TARGET = 8192  # pixels of a target's side: the list of its sizes must stay short, and no model draws half of that
 LONGEST_CAPTION = 100_000  # characters: ten times the released model's context
+
+
+def blocks(said: str, layers: int) -> int | None:
+    """The number of blocks that --remat asks for: of "all", of a number from 0 to `layers`; None for "auto". Raises InputError."""
+    if said == "auto":
+        return None
+    if said == "all":
+        return layers
+    if said.isascii() and said.isdecimal() and len(said) < 6 and int(said) <= layers:
+        return int(said)
+    raise InputError(f"--remat {said}: expected auto, all, or a number of blocks from 0 to {layers}")

@@ -16,6 +16,7 @@ from lumina_fn.config import ModelConfig
 from lumina_fn.disk import files, places, reading
 from lumina_fn.errors import InputError, printable
 from lumina_fn.optim import AdamW
+from lumina_fn.process.ranges import blocks
 from lumina_fn.programs.graphs import CPU, NPU, Exported, Function, decoding, export, forward, step
 from lumina_fn.sharding import Mesh
 
@@ -86,9 +87,13 @@ def functions(cfg: ModelConfig, run: "Settings", dtype: torch.dtype) -> dict[str
             for b in run.batch
             for t in tokens
         }
+    if (remat := blocks(run.remat, cfg.layers)) is None:
+        raise InputError(
+            f"--remat auto: a program is of one number of blocks; give all, or a number from 0 to {cfg.layers}"
+        )
     opt = AdamW(decay=run.weight_decay, clip=run.clip)
     mesh = Mesh("0", 0, run.devices, "meta", run.strategy, param_dtype=dtype) if run.devices > 1 else None
-    options = {"z_weight": run.z_weight, "dtype": dtype, "remat": run.remat, "packed": run.packed}
+    options = {"z_weight": run.z_weight, "dtype": dtype, "remat": remat, "packed": run.packed}
     return {
         f"step-b{b}-t{t}.pt2": partial(step, cfg, opt, mesh, batch=b, tokens=t, **options)
         for b in run.batch

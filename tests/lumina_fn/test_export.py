@@ -59,7 +59,7 @@ def test_forward_of_any_length(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_step(folder, tmp_path, packed):
-    flags = ("--what", "step", "--batch", "2", "--tokens", "12", "--remat", *["--packed"] * packed)
+    flags = ("--what", "step", "--batch", "2", "--tokens", "12", "--remat", "all", *["--packed"] * packed)
     (told,) = exported(folder, tmp_path / "out", *flags)
     opt = train.AdamW()
     state = train.init_state(model.init(CFG, seed=3), opt)
@@ -114,7 +114,7 @@ ON_NPU = """if True:
     from lumina_fn.programs import folder, graphs
     from lumina_fn.errors import InputError
     from lumina_fn.programs.graphs import Function
-    for what in (["forward"], ["step", "--tokens", "16", "--remat"], ["step", "--tokens", "16", "--packed", "--devices", "8"],
+    for what in (["forward"], ["step", "--tokens", "16", "--remat", "all"], ["step", "--tokens", "16", "--packed", "--devices", "8"],
                  ["decode", "--tokens", "16"]):
         assert export.main([sys.argv[1], sys.argv[2] + str(len(what)) + what[0], "--target", "npu", "--what", *what]) == 0
     def unknown(x):
@@ -144,7 +144,7 @@ def test_for_an_npu(folder, tmp_path):
     assert not (tmp_path / "outlacking").exists()
     for out, fused in (
         ("1forward", {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_fusion_attention", "npu_swiglu"}),
-        ("4step", {"npu_rms_norm_backward", "npu_fusion_attention_grad", "npu_swiglu_backward", "npu_rotary_mul"}),
+        ("5step", {"npu_rms_norm_backward", "npu_fusion_attention_grad", "npu_swiglu_backward", "npu_rotary_mul"}),
         ("6step", {"npu_fusion_attention", "npu_fusion_attention_grad"}),
         ("3decode", {"npu_fused_infer_attention_score", "npu_scatter_nd_update"}),
     ):
@@ -163,7 +163,7 @@ def test_for_an_npu(folder, tmp_path):
 @pytest.mark.parametrize(
     ("what", "flags", "named"),
     [
-        ("forward", ["--packed", "--devices", "4", "--remat"], "packed"),
+        ("forward", ["--packed", "--devices", "4", "--remat", "all"], "packed"),
         ("forward", ["--tokens", "8"], "tokens"),
         ("decode", ["--devices", "4"], "devices"),
         ("decode", ["--weight-decay", "0.5"], "weight-decay"),

@@ -9,6 +9,7 @@ import torch._inductor.config
 import torch.utils._pytree as pytree
 from torch._inductor.exc import InductorError
 from torch.func import grad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import ops
@@ -133,6 +134,28 @@ def test_compiled_steps_equal_eager_ones(compile, remat, monkeypatch):
     got, metrics = run(3, data, compile=compile, remat=remat)
     assert worst(got, want) < 1e-11
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("compile", ["off", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_a_step_is_the_same_whatever_number_of_blocks_is_computed_again(compile, monkeypatch):
+    monkeypatch.setattr(model, "rope", wide_rope)
+    cfg, data = dataclasses.replace(TINY, layers=4), batch(2, 2, 19)
+    want, expected = run(2, data, cfg=cfg)
+    for remat in (0, 1, 2, 4, True):
+        got, metrics = run(2, data, cfg=cfg, compile=compile, remat=remat)
+        assert worst(got, want) < 1e-12
+        assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-12)
+
+
+def test_as_many_blocks_are_computed_again_as_are_asked_for():
+    """Counted in the graph of the step: each of these blocks attends once more."""
+    cfg = dataclasses.replace(TINY, layers=4)
+    state, data = train.init_state(model.init(cfg), OPT), batch(2, 19)
+    for remat, more in ((0, 0), (1, 1), (3, 3), (4, 4), (True, 4)):
+        update = train.make_update(cfg, OPT, None, train.Options(remat=remat))
+        graph = make_fx(update, tracing_mode="fake")(state, data, torch.tensor(1e-3)).graph
+        calls = [node.target for node in graph.nodes]
+        assert calls.count(ops.attention_fwd) == 4 + more
 
 
 @pytest.mark.parametrize("remat", [False, True])

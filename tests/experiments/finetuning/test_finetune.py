@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from experiments import finetune
 from experiments.finetuning import loop
+from experiments.planning import memory
 from lumina_fn import checkpoint, convert, data, prompt, sources, train
+from lumina_fn.costs import cost, footprint
 from lumina_fn.process import entry
 from tests.support import folders
 from tests.support.small_run import CODES, write_features, write_lm
@@ -103,7 +105,7 @@ def test_the_loop_is_the_step(call, tmp_path, lm, tokens):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--remat"], pytest.param(["--compile", "blocks"], marks=pytest.mark.slow)], ids=str
+    "flags", [[], ["--remat", "all"], pytest.param(["--compile", "blocks"], marks=pytest.mark.slow)], ids=str
 )
 def test_same_seed_same_model(call, tmp_path, flags):
     settings = ["--steps", 3, "--batch", 4, "--lr", 1e-2, "--caption-drop", 0.5]
@@ -150,24 +152,49 @@ def test_what_is_for_many_processes_is_accepted_in_one(call, tmp_path):
         "bfloat16",
         "--no-sync",
     ]
-    code, lines = call("--steps", 1, *flags, "--forward-prefetch", "--backward-prefetch", "--no-remat")
+    code, lines = call("--steps", 1, *flags, "--forward-prefetch", "--backward-prefetch", "--remat", "0")
     assert code == 0
     assert sum("no effect on a CPU" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
     ("above", "flags", "expected"),
-    [(0, [], True), (1, [], False), (0, ["--no-remat"], False), (1, ["--remat"], True)],
+    [(0, [], 2), (1, [], 0), (0, ["--remat", "0"], 0), (1, ["--remat", "all"], 2), (1, ["--remat", "1"], 1)],
     ids=str,
 )
-def test_from_a_size_on_remat_is_the_default(call, monkeypatch, lm, above, flags, expected):
+def test_from_a_size_on_remat_is_the_default_where_what_is_free_is_not_known(
+    call, monkeypatch, lm, above, flags, expected
+):
     params, _ = checkpoint.load_model(lm)
     size = sum(leaf.numel() for leaf in pytree.tree_leaves(params))
-    monkeypatch.setattr(loop, "REMAT_FROM", size + above)
+    monkeypatch.setattr(cost, "REMAT_FROM", size + above)
+    monkeypatch.setattr(memory, "free", lambda *args: None)
     given, make = [], train.make_train_step
     monkeypatch.setattr(train, "make_train_step", lambda *args, **kw: given.append(kw["remat"]) or make(*args, **kw))
     assert call("--steps", 1, *flags)[0] == 0
     assert set(given) == {expected}
+
+
+def test_remat_is_of_the_fewest_blocks_that_fit(call, tmp_path, monkeypatch, lm):
+    cfg, given, make = checkpoint.read_config(lm), [], train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", lambda *args, **kw: given.append(kw["remat"]) or make(*args, **kw))
+    monkeypatch.setattr(cost, "most_memory", lambda *args: 10**12)
+    peak = lambda n: 10**6 * (10 - n)
+    monkeypatch.setattr(footprint, "peak", lambda cfg, setup: peak(setup.recomputed(cfg)))
+    for fits in range(cfg.layers + 1):
+        monkeypatch.setattr(memory, "free", lambda *args, fits=fits: peak(fits) / memory.USABLE + 1)
+        code, said = call("--steps", 1, out=tmp_path / f"{fits}")
+        assert code == 0
+        assert set(given) == {fits}
+        assert (f"note: {fits} of {cfg.layers} blocks are computed again" in "".join(said)) == (fits > 0)
+        given.clear()
+
+
+@pytest.mark.parametrize("said", ["3", "-1", "1.5", "none", ""])
+def test_a_number_of_blocks_that_the_model_does_not_have(call, said):
+    code, lines = call("--steps", 1, f"--remat={said}")
+    assert code == 2
+    assert lines[-1].endswith(f"--remat {said}: expected auto, all, or a number of blocks from 0 to 2")
 
 
 def test_noise_is_measured_when_asked_for(call, tmp_path):

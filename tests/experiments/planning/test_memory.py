@@ -20,6 +20,7 @@ from experiments.launching import distributed
 from experiments.launching.distributed import ALONE, World
 from experiments.planning import memory
 from lumina_fn import checkpoint, data, prompt
+from lumina_fn.config import LUMINA_7B
 from lumina_fn.costs import footprint
 from lumina_fn.costs.cost import Setup
 from lumina_fn.disk import reading
@@ -161,14 +162,14 @@ def test_a_device_tells_what_is_free(monkeypatch):
 @pytest.mark.parametrize(
     ("setup", "ways"),
     [
-        (Setup(micro_batch=4), "lower --micro-batch, or give --remat"),
+        (Setup(micro_batch=4), "lower --micro-batch, or give --remat all"),
         (Setup(micro_batch=4, remat=True), "lower --micro-batch"),
-        (Setup(devices=2, strategy="no"), "give --remat, or give --strategy fsdp"),
+        (Setup(devices=2, strategy="no"), "give --remat all, or give --strategy fsdp"),
         (Setup(devices=2, remat=True), memory.SHARED),
     ],
 )
 def test_ways_are_those_that_are_left_and_lower_the_peak(setup, ways):
-    assert memory.ways(setup) == ways
+    assert memory.ways(LUMINA_7B, setup) == ways
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +232,9 @@ def limited(*words: str, given: str = "") -> subprocess.CompletedProcess:
 def test_a_run_that_is_refused_memory_ends_with_a_line_and_goes_on_from_its_checkpoint(features, tmp_path):
     out = tmp_path / "run"
     assert finetune.main(argv(features, out, "--steps", 1, "--micro-batch", 8)) == 0
-    ended = limited(*argv(features, out, "--steps", 2, "--micro-batch", MANY))
+    ended = limited(*argv(features, out, "--steps", 2, "--micro-batch", MANY, "--remat", 0))
     assert ended.returncode == 1, ended.stderr
-    takes = out_of_memory.size(room(features, out, "--micro-batch", MANY).needed)
+    takes = out_of_memory.size(room(features, out, "--micro-batch", MANY, "--remat", 0).needed)
     note, on, line = ended.stderr.splitlines()
     assert note.startswith(f"note: a step is predicted to need {takes} (plan), ")
     assert " are free: lower --micro-ba" in note
@@ -241,7 +242,7 @@ def test_a_run_that_is_refused_memory_ends_with_a_line_and_goes_on_from_its_chec
     assert line.startswith("error: out of memory in step 2 (")
     assert " MB more were asked for): " in line
     assert f" of --micro-batch {MANY} needs about {takes} (plan), " in line
-    assert line.endswith(" were free: lower --micro-batch, or give --remat")
+    assert line.endswith(" were free: lower --micro-batch, or give --remat all")
     assert manifest.newest_good(out / "checkpoints") == 1
     assert finetune.main(argv(features, out, "--steps", 2, "--micro-batch", 8)) == 0
     assert manifest.newest_good(out / "checkpoints") == 2
@@ -260,10 +261,10 @@ def test_what_is_predicted_is_what_a_run_takes_and_what_is_free_is_below_the_lim
 def test_room_is_what_the_plan_says(features, tmp_path, monkeypatch):
     """Of a rank's share, in rows as long as the longest; compiled blocks are traced where they may not fit."""
     monkeypatch.setattr(memory, "free", lambda device, processes: 4 * 10**9 // processes)
-    flags = ("--micro-batch", 24, "--remat", "--reduce-dtype", "bfloat16", "--no-sync")
+    flags = ("--micro-batch", 24, "--remat", "all", "--reduce-dtype", "bfloat16", "--no-sync")
     found = room(features, tmp_path, *flags, world=World(0, 4, 0, 2))
     expected = Setup(
-        4, "fsdp", 2, 320, 6, 1, remat=True, reduce_dtype=torch.bfloat16, sync=False, compiled=False, cpu=True
+        4, "fsdp", 2, 320, 6, 1, remat=6, reduce_dtype=torch.bfloat16, sync=False, compiled=False, cpu=True
     )
     assert found.setup == expected
     assert found.free == 2 * 10**9

@@ -139,7 +139,7 @@ def test_without_flags_the_usage_is_shown(capsys):
 @pytest.fixture(scope="module")
 def shown() -> list[str]:
     """What the command prints of the 7B, and in the last line what that took."""
-    return call("--devices", 8, 16, 64, code=f"{PLAN}; {USED}").splitlines()
+    return call("--devices", 8, 16, 64, "--remat", "all", code=f"{PLAN}; {USED}").splitlines()
 
 
 @SLOW
@@ -174,8 +174,21 @@ def test_the_numbers_on_the_page_are_what_is_printed(shown):
 
 
 @SLOW
+def test_what_remat_auto_saves_is_what_is_printed():
+    found = json.loads(call("--devices", 8, 16, 64, "--json"))
+    text = (ROOT / "docs/how-to/memory-and-speed.md").read_text()
+    rows = {cells(line)[0]: cells(line)[1:] for line in text.split("With `--remat auto`")[1].splitlines()[2:7]}
+    assert rows["blocks computed again, of 32"] == [f"{one['recomputed']}" for one in found]
+    assert rows["predicted peak, GB"] == [f"{one['peak'] / 1e9:.2f}" for one in found]
+    assert rows["predicted step, s"] == [f"{one['step_seconds']:.2f}" for one in found]
+    [whole] = json.loads(call("--devices", 8, "--remat", "all", "--json"))
+    assert found[0]["step_seconds"] <= 0.85 * whole["step_seconds"]
+    assert all(one["of_memory"] <= 0.9 for one in found)
+
+
+@SLOW
 def test_the_roofline_on_the_page_is_what_is_printed_and_what_plan_says():
-    flags = ("--devices", 8, "--seq", 1024)
+    flags = ("--devices", 8, "--seq", 1024, "--remat", "all")
     printed = [cells(line) for line in call(*flags, "--roofline").splitlines() if line.startswith("|")]
     text = (ROOT / "docs/numbers.md").read_text()
     tables = [block for block in text.split("\n\n") if block.startswith("| strategy | micro batch |")]

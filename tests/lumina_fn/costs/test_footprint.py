@@ -72,7 +72,7 @@ def resident(rank: int, size: int, cfg: ModelConfig, setup: Setup) -> int:
     step, state, batch = step_of(rank, size, TINY, replace(setup, compiled=False))
     step(state, batch)
     if setup.compiled:
-        pair = gradients.block_pair(cfg, compiled=True, keep_inputs=setup.keeps_inputs)
+        pair = gradients.block_pair(cfg, compiled=True, keep_inputs=setup.recomputed(cfg) > 0)
         x, angles = torch.randn(setup.micro_batch, setup.tokens, cfg.width), model.rope(torch.arange(setup.tokens), cfg)
         leaves = pytree.tree_leaves(model.init(replace(cfg, layers=1, vocab=1)).blocks[0])
         y, residuals = pair.forward(x, angles, *leaves)
@@ -156,12 +156,20 @@ def test_a_block_keeps_what_the_real_pair_keeps(compiled, remat, swin_norm):
     assert kept == x.nbytes if remat else kept > 5 * x.nbytes
 
 
-def test_more_layers_than_are_walked():
-    """Three layers tell of any number: what is said of five is what a walk over five shows."""
-    setup = Setup(tokens=96, micro_batches=2, dtype=BF16)
-    walked, told = footprint._trace(TINY, setup), footprint.memory(TINY, setup)
-    assert all(told[moment] == walked[moment] for moment in told)
-    assert footprint.peak(TINY, setup) == max(most.total() for most in walked.values())
+@pytest.mark.parametrize("layers", [4, 5, 8])
+def test_more_layers_than_are_walked(layers):
+    """Three layers of a kind tell of any number: what is said of many is what a walk over them shows."""
+    cfg, peaks = replace(TINY, layers=layers), []
+    for recomputed in range(layers + 1):
+        setup = Setup(tokens=96, micro_batches=2, dtype=BF16, remat=recomputed)
+        walked, told = footprint._trace(cfg, replace(setup, remat=False), recomputed), footprint.memory(cfg, setup)
+        assert all(told[moment] == walked[moment] for moment in told)
+        peaks.append(footprint.peak(cfg, setup))
+        assert peaks[-1] == max(most.total() for most in walked.values())
+    assert peaks == sorted(peaks, reverse=True)
+    for room in (*peaks, peaks[0] + 1, peaks[-1] - 1):
+        fewest = footprint.fewest_recomputed(cfg, setup, room)
+        assert fewest == next((n for n, peak in enumerate(peaks) if peak <= room), layers)
 
 
 def test_a_compiler_writes_what_others_than_elementwise_nodes_read():
